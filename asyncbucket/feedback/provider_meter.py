@@ -11,14 +11,14 @@ a limit's `Window`, and learns.
 ``rate``: what a bucket lacks because of us, whoever else is there. A call may pass if the backlog
 with it is at most ``size``. Two facts bound the size, and neither needs a header:
 
-- accepted at a backlog V: the size is at least V, and may grow: by half, up to a tenth of the limit,
-  while nothing is proven; twofold up to the size that is.
+- accepted at a backlog V: the size is at least V, and may grow: by half, up to a tenth of the limit
+  (a third for tokens), while nothing is proven; sixfold up to the size that is.
 - refused at a backlog V: the size is less than V. It becomes half of V, and the backlog is taken to
   be as large as it may be, because the bucket is empty: this is the slow start. A larger size is
   tried again after one quiet window, then after two, four and so on.
 
 A refusal at the smallest size means that the rate is too high. It is lowered by 5 percent, and by 30
-once it is below three quarters of what the user told. While calls are accepted it rises again, half
+once it is below three quarters of what the user told; by 15 if others took what was left. While calls are accepted it rises again, half
 of the way to the rate that was refused, and never above what the user told.
 
 *The proof.* If replies say how much remains (R) and in how long all will be back (T), a bucket of size
@@ -47,8 +47,17 @@ from asyncbucket.feedback.remaining import Remaining
 _LONG: Final = 120_000_000_000
 #: Before anything is known, as much as the rate brings in this time (ns) may pass at once.
 _START: Final = 1_000_000_000
-#: Without a proof the size grows up to this fraction (1/10) of the limit.
+#: Without a proof the size grows up to this fraction (1/10) of the limit; if that is not paced, as
+#: those of tokens are not, up to a third.
 _UNPROVEN: Final = 10
+_UNPACED: Final = 3
+#: A limit that is announced, and lower than what the user told, counts for so many windows.
+_MEMORY: Final = 2
+#: To how many percent a refusal lowers a rate that is near what was told, that failed because others
+#: took what was left, or else.
+_NEAR: Final = 95
+_TAKEN: Final = 85
+_FAR: Final = 70
 #: So many replies that agree prove how the provider counts; so many that do not, disprove it.
 _PROOF: Final = 4
 #: Replies agree if they differ by no more than this fraction (1/1,000) of the limit, or is rounded.
@@ -104,8 +113,6 @@ class ProviderMeter(Meter):
         self.rate = limit.units
         #: The lowest rate that was refused, if that is known to be too high, or 0.
         self._refused_rate = 0
-        #: How often it was lowered since a call was accepted.
-        self._lowered = 0
         usual = max(1, limit.units // _UNPROVEN)
         burst = limit.burst_units
         told = None if burst == usual else burst
@@ -149,6 +156,8 @@ class ProviderMeter(Meter):
             over = self._backlog + (amount - max(amount, self.size)) * self.window
             if over > 0:
                 due = max(due, self._at - -over // self.rate)
+                if self.announced < self._told:
+                    due = min(due, self._heard_at + _MEMORY * self.window)
         return due
 
     def book(self, amount: int, when: int) -> None:
@@ -161,10 +170,8 @@ class ProviderMeter(Meter):
     def exceed(self, amount: int, when: int, sent: int) -> None:
         """See `Meter.exceed`; input is counted before the reply, so a later report includes it."""
         self._send(amount, when)
-        if self.limit.resource == "input_tokens" and self._remaining.has_counted(sent):
-            self._remaining.explain(amount, when)
-        else:
-            self._remaining.book(amount, when)
+        counts = self.limit.resource == "input_tokens"
+        self._remaining.exceed(amount, when, sent if counts else when)
 
     def _send(self, amount: int, when: int) -> None:
         """Add to the backlog."""
@@ -193,6 +200,8 @@ class ProviderMeter(Meter):
         return min(left, self.size - -(-backlog // self.window))
 
     def _leak(self, now: int) -> None:
+        if self.announced < self._told and now >= self._heard_at + _MEMORY * self.window:
+            self.announced = self.rate = self._told
         if now > self._at:
             self._backlog = max(0, self._backlog - (now - self._at) * self.rate)
             self._at = now
@@ -202,7 +211,8 @@ class ProviderMeter(Meter):
     @property
     def _top(self) -> int:
         """The largest size that may be tried, as long as none was refused."""
-        return min(self._most, self.proven or max(1, self._limit // _UNPROVEN))
+        part = _UNPACED if self.limit.burst_units is None else _UNPROVEN
+        return min(self._most, self.proven or max(1, self._limit // part))
 
     @property
     def _limit(self) -> int:
@@ -227,12 +237,11 @@ class ProviderMeter(Meter):
         if sent is None or when < self._refused_at or not self.is_paced:
             return
         self._leak(now)
-        self._lowered = 0
         self._fits = max(self._fits, sent.found + sent.units)
         if not self._refused_size:
             fits = self._fits
             some = fits // (2 if fits < 3 * self._start else 4) + 1
-            grown = fits * 4 if self.proven else fits + some
+            grown = fits * 6 if self.proven else fits + some
             self.size = max(self.size, min(grown, self._top))
         elif now - self._refused_at > self.window * self._patience:  # try again what was refused
             self.size = max(self.size, min(self._refused_size, self._top))
@@ -277,10 +286,10 @@ class ProviderMeter(Meter):
             # If less than it costs was left, others took it, and the rate may be right again soon.
             is_others = self.has_room(amount, now) is False
             self._refused_rate = 0 if is_others else self.rate
-            is_near = self.rate * 4 > self._limit * 3 and self._lowered < _PROOF
-            self.rate = max(1, self.rate * (95 if is_near else 70) // 100)
+            is_near = self.rate * 4 > self._limit * 3
+            kept = _NEAR if is_near else _TAKEN if is_others else _FAR
+            self.rate = max(1, self.rate * kept // 100)
             self._rate_at = now
-            self._lowered += 1
             self.size = max(1, self.size // 2)
         if is_new_wave:
             self._refused_at = now
@@ -328,11 +337,10 @@ class ProviderMeter(Meter):
             self.announced = limit
             self._reports.clear()
         self._remaining.hear(
-            left,
-            now,
+            *(left, now),
             amount=self._limit,
-            most=self.proven or 0,
             since=since,
+            proven=self.proven or 0,
             lent=lent,
             rounding=rounding,
         )
@@ -378,7 +386,7 @@ class ProviderMeter(Meter):
             return False
         self.kind, self._believed_at, self._evidence = kind, now, self._replies
         self._proof = least, most
-        self._remaining.is_window = kind in ("log", "calendar")
+        self._remaining.kind = kind
         self.proven = max(1, -(-least // self.window)) if kind == "bucket" else None
         self.size = min(self.size, self.proven or self._top)
         return True

@@ -1,35 +1,29 @@
-"""What the provider says is left: the one meter that learns of calls that we did not make.
+"""What the provider says is left of a limit, and what other programs on the same key take of it.
 
-Other programs spend from the same key, and only the provider knows how much. Its replies say what
-is left of a limit. `Remaining` keeps that number between replies: our own bookings lower it, time
-raises it, the next reply corrects it.
+Only the provider knows what others spend. `Remaining` keeps what its replies say between them: our
+own bookings lower it, time raises it, the next reply corrects it.
 
 *The level.* A reply arrives late: what we sent after the call that it answers may be in its number
 or not. And the number may be rounded down. So a reply names an interval; what we expected is moved
 into it, no further. While we are alone, the expectation lies inside, and nothing happens. If less
 came back than the limit would bring (`_missing`, a low-pass filter over a quarter of the window),
-the expected growth is reduced. This is the integral part of a controller whose proportional part is
-the level. While something is missing, a margin of the level stays untouched: near zero, every call
-that others make between two replies would cost a refusal.
+less is expected. This is the integral part of a controller whose proportional part is the level.
 
-*The reserve.* The level is enough for a bucket, which refills steadily. But if the provider counts
-a log of the last minute, or a minute of the clock, nothing comes back for a long time, and whoever
-takes all that is left leaves nothing to others until then. So `Others` estimates what they will
-take of a whole window, and in every window we take the rest, evenly. Nobody says how a provider
-counts. But whichever way it is, others have taken at least (1) what is used beyond what we booked
-in the last window, and (2) if nothing came back, the amount by which less is left than at some
-earlier moment, beyond our bookings since. The larger of these is exact for a log and for minutes of
-the clock, and too low for a bucket, for which the level is enough. On top there is a margin for
-chance: the number of calls that come independently has a variance equal to its mean.
+*The reserve.* A bucket refills steadily. So if it is known to be one, two of the largest bursts of
+others stay untouched, and all else is ours. But in a log of the last minute, or a minute of the
+clock, nothing comes back for a long time, and whoever takes all that is left leaves nothing to
+others until then. So `Others` estimates what they take of a whole window, and in every window we
+take the rest, evenly. Whichever way it is counted, others have taken at least (1) what is used
+beyond what we booked in the last window, and (2) if nothing came back, the amount by which less is
+left than at some earlier moment, beyond our bookings since. The larger of these is exact for a log
+and for minutes of the clock. On top there is a margin for chance: the number of calls that come
+independently has a variance equal to its mean.
 
-Both take for granted that a window's worth is left when nobody calls. A provider's bucket may be
-smaller than the limit that it announces: then little is left although nobody else is there, and
-what nobody took never comes back. So others take no more than what is missing: as long as all
-comes back at the limit's rate, or all that was ever left is left, nobody else is there.
+Others take no more than what is missing: a provider's bucket may be smaller than the limit that it
+announces, and what nobody took never comes back.
 
-If no reply comes for two windows, everything is forgotten: what others took before no longer
-counts. The constants below were found by simulating buckets, logs and minutes of the clock, with
-others at 0, 10, 40 and 60 %.
+If no reply comes for two windows, everything is forgotten. So no header holds a call up for longer.
+The constants were found by simulating buckets, logs and minutes of the clock, with others at 0 to 60 %.
 """
 
 from dataclasses import replace
@@ -44,12 +38,6 @@ _NOISE: Final = 32
 #: What is missing is smoothed over this fraction (1/4) of the window; others' rate is computed over
 #: at least half as much.
 _SMOOTHING: Final = 4
-#: The margin covers what is missing in this fraction (1/60) of the window...
-_MARGIN: Final = 60
-#: ...and this many calls like the one that asks,
-_MARGIN_CALLS: Final = 2
-#: ...but at most this fraction (1/4) of the most that was ever left.
-_MAX_MARGIN: Final = 4
 #: If no more than this fraction (1/5) of the limit was ever left, the level says all: what does not
 #: come back may never have been there. A bucket that is proven may be as small as the noise.
 _SMALL: Final = 5
@@ -72,21 +60,19 @@ class Remaining:
 
     def __init__(self, limit: Limit, *, with_reserve: bool) -> None:
         self.amount, self.window = limit.units, limit.window
+        #: How the provider counts, as far as that is proven: see `ProviderMeter.kind`.
+        self.kind: str | None = None
         #: What was left at ``_level_at``, as far as is known; None before the first report.
         self._level: int | None = None
         self._level_at = self._last_report = 0
         #: By how much less than the limit comes back per window, and what is expected to come back.
         self._missing = 0
         self._growth = limit.units
-        #: What is left untouched while something is missing.
-        self._margin = 0
         #: What the latest report said was left, at least, and the most that was ever left.
         self._reported_left = self._most_left = 0
         #: Units that we booked, in the last window and ever.
         self._ours = Window(replace(limit, burst=limit.amount, resets=None))
         self._booked = 0
-        #: Whether the provider is known to count a window, so that nothing flows in.
-        self.is_window = False
         #: What others take of the limit.
         self.others = Others(limit.units, limit.window) if with_reserve else None
         #: Until when our bookings reach if spread evenly, and when we last booked.
@@ -99,7 +85,7 @@ class Remaining:
         *,
         amount: int,
         since: int,
-        most: int = 0,
+        proven: int = 0,
         lent: int = 0,
         rounding: int = 0,
     ) -> None:
@@ -110,7 +96,7 @@ class Remaining:
             now: the instant.
             amount: the limit, the provider's or ours, whichever is lower.
             since: when the call was sent that the reply answers.
-            most: the most that can be left, as far as that is proven.
+            proven: the size of the provider's bucket, or 0.
             lent: units that calls in flight may still give back.
             rounding: by how many units ``left`` may have been rounded down.
         """
@@ -121,17 +107,16 @@ class Remaining:
         before = self._last_report if self._level is not None else now
         booked_since = sum(units for date, units in self._ours.entries() if date > since)
         back = -(-self.amount * max(0, now - since) // self.window)
-        low, high = left - booked_since, left + rounding + back
-        self._most_left = min(amount, max(self._most_left, high, most))
-        self._correct(low, high, now, most)
+        low, high = left - booked_since, min(left + rounding + back, proven or left + self.amount)
+        self._most_left = proven or min(amount, max(self._most_left, high))
+        self._correct(low, high, now, _NOISE if proven else _SMALL)
         if self.others is not None:
             ours = amount - self._ours.available(now)
             taken = max(amount - ours, left) - high  # its limit may be far above ours
-            uncertainty = max(booked_since, lent) + rounding
-            used = -high - self._booked
+            used, uncertainty = -high - self._booked, max(booked_since, lent) + rounding
             self.others.update(used, now, before, taken, uncertainty, at_most=self._missing)
 
-    def _correct(self, low: int, high: int, now: int, most: int) -> None:
+    def _correct(self, low: int, high: int, now: int, small: int) -> None:
         """Move the level into the interval that a reply names, and update what is missing."""
         self._reported_left = low
         expected = self._expected_level(now)
@@ -142,16 +127,14 @@ class Remaining:
             since_report = now - self._last_report + self.window // _SMOOTHING
             shortfall = (expected - self._level) // since_report
             self._missing = min(self.amount, max(0, self._missing + shortfall))
-        if self._most_left * (_NOISE if most else _SMALL) < self.amount:
+        if self._most_left * small < self.amount:
             self._missing = 0
         self._level_at = self._last_report = now
         self._expect()
 
     def _expect(self) -> None:
-        """Expect as much to come back, and leave as much untouched, as what is missing demands."""
+        """Expect as much to come back as what is missing leaves."""
         self._growth = max(self.amount - self._missing, self.amount // _LEAST, 1)
-        is_missing = self._missing * _NOISE >= self.amount
-        self._margin = max(1, self._missing // _MARGIN) if is_missing else 0
 
     def earliest(self, amount: int, now: int) -> int:
         """Return when ``amount`` may pass, if nothing else is booked or heard."""
@@ -160,7 +143,7 @@ class Remaining:
         if level is None:
             return now
         when = now
-        if needed > level and not self.is_window:
+        if needed > level and self.kind not in ("log", "calendar"):  # nothing flows in to those
             when = max(now, self._level_at) - -(needed - level) // self._growth
         reserve = self._reserve(amount)
         if reserve:
@@ -183,23 +166,22 @@ class Remaining:
             self._level_at = max(self._level_at, when)
         self._add(amount, when)
 
-    def has_counted(self, sent: int) -> bool:
-        """Tell whether the latest report counts what a call that was booked at ``sent`` took."""
-        return self._level is not None and sent < self._last_report
+    def exceed(self, amount: int, when: int, sent: int) -> None:
+        """Take what a call used beyond its booking at ``sent``.
 
-    def explain(self, amount: int, when: int) -> None:
-        """Learn that calls which the latest report counts took ``amount`` beyond their bookings.
-
-        So the report lowered the level by it already, and nobody else took it.
+        A report since then has counted it. So nobody else took it, and the level is lower already.
         """
+        if self._level is None or sent >= self._last_report:
+            self.book(amount, when)
+            return
         self._missing = max(0, self._missing - amount * _SMOOTHING)
         self._expect()
         self._add(amount, when)
 
     def _add(self, amount: int, when: int) -> None:
-        """Count a booking; what is spread evenly reaches no further than a window."""
         self._booked += amount
         self._ours.book(amount, when)
+        # What is spread evenly reaches no further than a window.
         until = max(self._spread_until, when) + self._spacing(amount)
         self._spread_until = min(until, when + self.window)
         self._last_booking = when
@@ -236,13 +218,13 @@ class Remaining:
 
     def _needed_level(self, amount: int) -> int:
         """Return the level at which ``amount`` may pass."""
-        if self._margin:
-            amount += min(self._margin + _MARGIN_CALLS * amount, self._most_left // _MAX_MARGIN)
+        if self.kind == "bucket" and self.others is not None and self.others.estimate:
+            amount += min(2 * (self.others.at_once + amount), self._most_left // 2)
         return amount * self.window
 
     def _reserve(self, amount: int) -> int:
         """Return what is left to others in a window, if calls cost about ``amount``."""
-        if self.others is None or not self.others.estimate:
+        if self.others is None or not self.others.estimate or self.kind == "bucket":
             return 0
         others = self.others.estimate
         reserve = others + isqrt(3 * others * max(amount, self.others.at_once // 4, 1))

@@ -92,6 +92,9 @@ ROWS: Final[dict[str, Row]] = {
     "bucket of 20k of 200k tokens, mixed": Row(
         world=tokens(200_000, Counting(size=20_000)), load=MIXED
     ),
+    "bucket of 40, replies out of order": Row(
+        world=requests(Counting(size=40), latency=(0.2, 20.0)), load=Load(agents=60, calls=8)
+    ),
     "bucket of 60, no reset": Row(
         world=requests(Counting(size=60), profile=NO_RESET), load=AT_ONCE, refused=20
     ),

@@ -40,7 +40,7 @@ DONE: dict[str, tuple[list[tuple[str, int, int]], int]] = {
         30,
     ),
     "a debt that a report counted": (
-        [("book", 30, 1), ("hear", 10, 2), ("explain", 20, 3)],
+        [("book", 30, 1), ("hear", 10, 2), ("exceed", 20, 3)],
         10,
     ),
     "a call that left after a report": (
@@ -57,6 +57,8 @@ def test_what_is_left_after(done: str) -> None:
     for verb, units, when in moves:
         if verb == "hear":
             hear(remaining, units, when)
+        elif verb == "exceed":
+            remaining.exceed(units, when, 1)
         else:
             getattr(remaining, verb)(units, when)
     assert remaining.available(3) == available
@@ -86,7 +88,7 @@ def test_what_a_call_used_beyond_its_cost_is_not_taken_for_others() -> None:
     remaining.book(10, 1)
     hear(remaining, 300, 2)  # it took 100, which nobody knows yet
     assert remaining.earliest(400, 2) > 20 * SECOND
-    remaining.explain(90, 3)
+    remaining.exceed(90, 3, 1)
     assert remaining.earliest(400, 3) == pytest.approx(10 * SECOND, abs=10)
 
 
@@ -112,6 +114,19 @@ def test_what_others_use_is_measured_and_reserved() -> None:
     for second in range(60):
         hear(far_above_ours, 60_000 - 100 * second, second * SECOND)
     assert all(take(far_above_ours, 1, MINUTE) for _ in range(600))  # there is enough for all
+
+
+def test_two_bursts_of_others_stay_untouched_in_what_is_proven_to_be_a_bucket() -> None:
+    remaining = told(600)
+    remaining.kind = "bucket"
+    for second in range(10):
+        hear(remaining, 580 - 10 * second, second * SECOND)
+    assert remaining.others is not None
+    burst, passed = remaining.others.at_once, 0
+    assert 10 <= burst <= 20
+    while take(remaining, 1, 9 * SECOND):
+        passed += 1
+    assert 490 - passed == 2 * (burst + 1)
 
 
 def test_what_never_comes_back_to_a_small_bucket_is_not_taken_for_others() -> None:

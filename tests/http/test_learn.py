@@ -61,6 +61,19 @@ def test_headers_lower_what_is_available(
     assert [use.used for use in limiter.statistics().limits] == [0] * len(left)
 
 
+def test_a_single_header_holds_calls_up_for_two_windows_at_most(clock: VirtualClock) -> None:
+    limiter = Limiter("600 RPM", clock=clock)
+    HeaderReader(limiter).read(said("requests 0/1", reset_requests="99999999h"), OPENAI)
+    started, ends = clock.seconds, list[float]()
+    for _ in range(600):
+        clock.advance(limiter.explain().wait or 0.0)
+        limiter.acquire_nowait().release()
+        ends.append(clock.seconds - started)
+    assert ends[0] == pytest.approx(60, abs=1)  # what it says comes back in a minute: one call
+    assert ends[1] == pytest.approx(120, abs=1)
+    assert ends[-1] <= 120 + 60
+
+
 def test_rounded_anthropic_header_does_not_override_own_count(clock: VirtualClock) -> None:
     limiter = Limiter("50k ITPM burst 50k", clock=clock)
     reader = HeaderReader(limiter)
