@@ -12,7 +12,7 @@ a limit's `Window`, and learns.
 with it is at most ``size``. Two facts bound the size, and neither needs a header:
 
 - accepted at a backlog V: the size is at least V, and may grow: by half, up to a tenth of the limit
-  (a third for tokens), while nothing is proven; sixfold up to the size that is.
+  (a quarter for tokens), while nothing is proven; sixfold up to the size that is.
 - refused at a backlog V: the size is less than V. It becomes half of V, and the backlog is taken to
   be as large as it may be, because the bucket is empty: this is the slow start. A larger size is
   tried again after one quiet window, then after two, four and so on.
@@ -48,9 +48,9 @@ _LONG: Final = 120_000_000_000
 #: Before anything is known, as much as the rate brings in this time (ns) may pass at once.
 _START: Final = 1_000_000_000
 #: Without a proof the size grows up to this fraction (1/10) of the limit; if that is not paced, as
-#: those of tokens are not, up to a third.
+#: those of tokens are not, up to a quarter.
 _UNPROVEN: Final = 10
-_UNPACED: Final = 3
+_UNPACED: Final = 4
 #: A limit that is announced, and lower than what the user told, counts for so many windows.
 _MEMORY: Final = 2
 #: To how many percent a refusal lowers a rate that is near what was told, that failed because others
