@@ -4,12 +4,19 @@ from pathlib import Path
 
 import pytest
 
-from tests.docs.reading import ROOT, faults, pages, to_understand
+from tests.docs.reading import ROOT, faults, pages, read, to_understand
 
 
 @pytest.mark.parametrize("page", pages(), ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_page_is_easy_to_read(page: Path) -> None:
     assert faults(page) == []
+
+
+def test_docs_are_at_most_25_pages_and_20_000_words() -> None:
+    """Code and what it prints come on top."""
+    _, *guides = pages()
+    assert len(guides) <= 25
+    assert sum(read(page.read_text("utf-8"))[0] for page in guides) <= 20_000
 
 
 @pytest.mark.parametrize(

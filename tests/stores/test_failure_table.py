@@ -22,7 +22,7 @@ def test_tests_named_in_failure_table_exist() -> None:
     rows = re.findall(r"^\|(?! what happens|---).*", "".join(tables), re.MULTILINE)
     named = {name for row in rows for name in re.findall(r"\b(test_\w+)", row)}
     assert [row for row in rows if "<!-- test_" not in row] == []
-    assert len(rows) >= 30
+    assert len(named) >= 37  # a row may stand for several failures
     assert named - there == set()
 
 
