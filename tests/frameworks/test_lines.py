@@ -1,6 +1,7 @@
 """Each line of the table *Others, in one line* of docs/frameworks.md paces what it makes.
 
-`make frameworks` has an environment with all of them; elsewhere what is not installed is skipped.
+`make frameworks` has an environment with all of them but ag2, which asks for a newer openai than others
+allow; elsewhere what is not installed is skipped.
 """
 
 import asyncio
