@@ -17,9 +17,10 @@ with it is at most ``size``. Two facts bound the size, and neither needs a heade
   be as large as it may be, because the bucket is empty: this is the slow start. A larger size is
   tried again after one quiet window, then after two, four and so on.
 
-A refusal at the smallest size means that the rate is too high. It is lowered by 5 percent, and by 30
-once it is below three quarters of what the user told; by 15 if others took what was left. While calls are accepted it rises again, half
-of the way to the rate that was refused, and never above what the user told.
+A refusal at the smallest size means that the rate is too high. It is lowered by 5 percent; by 15 if
+others took what was left; and else by 30 once it is below three quarters of what the user told.
+While calls are accepted it rises again, half of the way to the rate that was refused, and never
+above what the user told.
 
 *The proof.* If replies say how much remains (R) and in how long all will be back (T), a bucket of size
 B satisfies R + rate * T = B in every reply, whoever took what is missing. A log of the last minute
