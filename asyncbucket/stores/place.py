@@ -513,7 +513,7 @@ class StorePlace(Place):
         shortest = min((window.window for window in self._node.limits.values()), default=NEVER)
         if not reservation.booked_at or late <= shortest // TOLERANCE:
             return reservation
-        if late > shortest // 2:
+        if late > shortest // 4:
             return None
         moved = replace(reservation, booked_at=reservation.booked_at + late, start=now)
         self.correct(Correction.undo(reservation.amounts, reservation.booked_at))
