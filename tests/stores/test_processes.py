@@ -220,7 +220,7 @@ async def test_limits_and_pauses_set_in_outage_reach_store_afterwards(
     limiter = limited(fault.url, "100 RPM burst 100")
     back = noted(limiter, StoreRecovered)
     await take(limiter)
-    await asyncio.sleep(1.3)
+    await asyncio.sleep(2)
     fault.begin()
     await take(limiter)
     limiter.reconfigure("50 RPM burst 50", concurrency=7)
