@@ -16,7 +16,7 @@ import httpx
 import pytest
 
 import asyncbucket
-from asyncbucket import Limiter
+from asyncbucket import Limiter, Pool
 from tests.conftest import python
 
 PUBLIC: Final = {name: getattr(asyncbucket, name) for name in asyncbucket.__all__}
@@ -103,6 +103,26 @@ async def after_a_wait(*, of_child: bool = False) -> AsyncGenerator[None]:
     await waiting
 
 
+async def at_a_pool() -> AsyncGenerator[None]:
+    """Wait until one of two members has a slot."""
+    pool = Pool(*(Limiter("500 RPM", "200k TPM", concurrency=1, name=name) for name in "ab"))
+    for _ in range(2):
+        async with pool.acquire(tokens=100):
+            pass
+    held = [pool.acquire_nowait(tokens=100) for _ in pool.members]
+
+    async def call() -> None:
+        async with pool.acquire(tokens=100):
+            pass
+
+    yield
+    waiting = asyncio.ensure_future(call())
+    for _ in range(3):
+        await asyncio.sleep(0)
+    held[0].release()
+    await waiting
+
+
 class Answer(httpx.AsyncBaseTransport, httpx.AsyncByteStream):
     """Answer at once as OpenAI does, with headers about limits."""
 
@@ -144,14 +164,15 @@ async def through_a_model() -> AsyncGenerator[None]:
 @pytest.mark.parametrize(
     ("call", "frames", "modules"),
     [
-        (at_once, 12, 5),
-        (partial(at_once, used=80), 32, 8),
-        (after_a_wait, 100, 8),
-        (partial(after_a_wait, of_child=True), 190, 10),
+        (at_once, 12, 3),
+        (partial(at_once, used=80), 28, 5),
+        (after_a_wait, 85, 7),
+        (partial(after_a_wait, of_child=True), 140, 9),
+        (at_a_pool, 260, 10),
         pytest.param(through_http, 130, 15, marks=needs("stamina")),
         pytest.param(through_a_model, 110, 15, marks=needs("llama_index")),
     ],
-    ids=["idle", "settled", "contended", "contended child", "HTTP", "LlamaIndex"],
+    ids=["idle", "settled", "contended", "contended child", "contended pool", "HTTP", "LlamaIndex"],
 )
 def test_call_passes_few_frames_in_few_modules(call: Scenario, frames: int, modules: int) -> None:
     """It can be followed by one person; moving code cannot meet it."""
