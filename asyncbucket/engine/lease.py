@@ -6,6 +6,7 @@ the garbage collector, which closes a generator or a coroutine that holds a leas
 does the work: see `asyncbucket.engine.pacer.Pacer.do`.
 """
 
+import asyncio
 import contextlib
 import warnings
 from collections.abc import Callable, Collection, Generator, Iterable, Mapping
@@ -22,7 +23,7 @@ from asyncbucket.engine.node import Node
 from asyncbucket.engine.queue import AnyWaiter, Line, SyncWaiter, Waiter
 from asyncbucket.engine.seats import ATOMIC, NOWHERE, OfThisProcess, Seat, ThreadSeat
 from asyncbucket.engine.terms import CallAmounts
-from asyncbucket.engine.wording import USD
+from asyncbucket.engine.wording import USD, warn_user
 
 if TYPE_CHECKING:
     from asyncbucket.engine.pacer import Pacer
@@ -30,6 +31,10 @@ if TYPE_CHECKING:
 #: What becomes of a call. One that gave some slots up for a call made inside it is `LENT`.
 ASKED, WAITING, HELD, LENT, OVER = range(5)
 _USED: Final = "a lease serves one call, and this one was used already: call acquire() for another"
+_BLOCKS: Final = (
+    "this call waits for its admission and blocks the event loop, so nothing else runs: await "
+    "limiter.acquire() in a coroutine, or move the blocking call to a thread with asyncio.to_thread()"
+)
 PARTS_OF_TOKENS: Final = ("input_tokens", "output_tokens")
 #: How many parts a lease remembers. If a stream is settled chunk by chunk, older debts count as
 #: reserved, so giving them back errs on the safe side.
@@ -248,6 +253,7 @@ class Lease(OfThisProcess):
                     in_time = await waiter
                 else:
                     assert seat is not None
+                    _warn_of_blocked_loop()
                     seat.block(waiter.done, pacer.clock)
                     in_time = waiter.result()
             except (CostExceedsLimit, AcquireTimeout):  # whoever raised it took the waiter out
@@ -668,3 +674,8 @@ def _warn_of_first(node: Node) -> None:
             RuntimeWarning,
             stacklevel=3,
         )
+
+
+def _warn_of_blocked_loop() -> None:
+    if asyncio._get_running_loop() is not None:  # noqa: SLF001 - None in a plain thread
+        warn_user(_BLOCKS, RuntimeWarning)

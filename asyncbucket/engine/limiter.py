@@ -192,7 +192,8 @@ class Limiter(OfThisProcess):
     def acquire_sync(self, cost: Cost | None = None, **call: Unpack[CallKeywords]) -> Lease:
         """Block this thread until an admission; the lease is a context manager. See `acquire`.
 
-        A call that has to wait stands in the same line as all others.
+        A call that has to wait stands in the same line as all others. If it waits in a coroutine, a
+        RuntimeWarning names the line: nothing else runs on that event loop meanwhile.
         """
         lease = self.acquire(cost, **call)
         if lease.accounts or not lease._try_now():

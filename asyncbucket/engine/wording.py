@@ -1,12 +1,16 @@
 """How amounts, times and values are read from people, and written for them."""
 
+import sys
+import warnings
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Final, TypeGuard
 
 #: The resource that is given and shown in US dollars, and counted in millionths of one.
 USD: Final = "usd"
 #: How many units of it are a dollar.
 MICRO: Final = 1_000_000
+_PACKAGE: Final = str(Path(__file__).parents[1])
 #: Larger amounts are not written out: nobody needs all their digits.
 _MOST: Final = 10**18
 
@@ -100,3 +104,11 @@ def read_count(value: int, name: str, *, least: int = 0) -> int:
     if not is_number(value) or value != value // 1 or value < least:
         raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
     return int(value)
+
+
+def warn_user(message: str, kind: type[Warning] = UserWarning) -> None:
+    """Warn at the line that called asyncbucket, however deep inside."""
+    frame, level = sys._getframe(), 1  # noqa: SLF001 - skip_file_prefixes exists from 3.12 on
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, kind, stacklevel=level)

@@ -29,13 +29,12 @@ docs mention them.)
 import functools
 import inspect
 import sys
-import warnings
 import weakref
 from collections.abc import Callable, Coroutine, Mapping
-from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from asyncbucket.attempt import IN_PROGRESS, Attempt
+from asyncbucket.engine.wording import warn_user
 from asyncbucket.llama_index.pacing import Pacing, Requests
 from asyncbucket.providers.learn import HeaderReader
 from asyncbucket.providers.profiles import GENERIC, profile_of
@@ -64,7 +63,6 @@ _REMEDIES: Final[Mapping[str, str]] = {
     ),
 }
 _BOTOCORE_REMEDY: Final = 'make it with botocore_config=Config(retries={"total_max_attempts": 1})'
-_PACKAGE: Final = str(Path(__file__).parents[1])
 #: Marks the classes made here.
 REPORTS: Final = "__asyncbucket_reports__"
 _BODY_STARTED: Final = "send_request_body.started"
@@ -213,14 +211,14 @@ def warn_of_misuse(model: Any, pacing: Pacing) -> None:
     """Warn of each thing that undoes the pacing of ``model``, at the line that called `wrap`."""
     name = type(model).__name__
     if getattr(model, "rate_limiter", None) is not None:
-        _warn(
+        warn_user(
             f"{name} has a rate_limiter of its own: each call would wait there, too, "
             f"with its slot held and as part of the model's latency; make it without rate_limiter="
         )
     of_class = _known(_REMEDIES, model.__class__)
     remedy = _BOTOCORE_REMEDY if _has_retrying_botocore(model) else of_class
     if remedy is not None and pacing.retrier.policy.attempts > 1:
-        _warn(
+        warn_user(
             f"{name} tries failed requests again by itself, unseen by the limiter: {remedy}; "
             f"or wrap with retry=False, so that only one layer retries"
         )
@@ -240,11 +238,3 @@ def _known(table: Mapping[str, T], cls: Any) -> T | None:
     """Return what a table says of the integration that ``cls``, or a class above it, is from."""
     packages = {".".join(base.__module__.split(".")[:3]) for base in cls.__mro__}
     return next((known for package, known in table.items() if package in packages), None)
-
-
-def _warn(message: str) -> None:
-    """Warn at the line that called asyncbucket: by `pace`, with a list, or with an agent."""
-    frame, level = sys._getframe(), 1  # noqa: SLF001 - skip_file_prefixes exists from 3.12 on
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
-        frame, level = frame.f_back, level + 1
-    warnings.warn(message, stacklevel=level)

@@ -178,7 +178,9 @@ def test_calls_without_slot_keep_limits_and_run_no_more_at_once_than_slots(depth
         held = [await limiter.acquire() for _ in range(2)]
         trace.append(monotonic_ns())
         in_another_thread(elsewhere)
-        limiter.child("agent").acquire_sync().release()  # blocks the loop that holds the slots
+        with pytest.warns(RuntimeWarning, match="blocks the event loop") as warned:
+            limiter.child("agent").acquire_sync().release()  # and it holds the slots
+        assert warned[0].filename == __file__
         for lease in held:
             lease.release()
 
