@@ -310,9 +310,9 @@ class Lease(OfThisProcess):
         """Have ``waiter`` stand in line."""
         self._node.pacer.join_locked(waiter, self._node, now, self._priority)
 
-    def _declines_locked(self, waiter: AnyWaiter, now: int) -> bool:  # noqa: ARG002
-        """Tell whether ``waiter`` may pass now, but leaves the line where it is next for another one."""
-        return False
+    def _declines_locked(self, waiter: AnyWaiter, now: int) -> bool:
+        """Tell whether ``waiter``, which stands in several lines, leaves the one where it may pass now."""
+        raise NotImplementedError
 
     def _seek_locked(self, waiter: AnyWaiter, now: int) -> None:
         """Have ``waiter`` stand wherever else it may pass by now: nowhere, if there is one way only."""

@@ -354,9 +354,9 @@ class Limiter(OfThisProcess):
         limiter._set_up(node, self, terms)
         return limiter
 
-    def _limiter_for(self, tenant: str | None, context: Inherited | None) -> "Limiter":  # noqa: ARG002
+    def _limiter_for(self, tenant: str | None, context: Inherited | None) -> "Limiter":
         """Return the limiter of ``tenant`` or of an inherited one, if there are tenants here."""
-        return self
+        raise NotImplementedError
 
     @property
     def parent(self) -> "Limiter | None":

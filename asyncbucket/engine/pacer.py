@@ -393,8 +393,7 @@ class Pacer:
     def _check_locked(self, waiter: AnyWaiter, line: Line) -> None:
         """Have a call leave a line where it can never pass; it fails if it stands in no other."""
         now = self.clock()
-        if waiter.lease is not None:
-            waiter.lease._seek_locked(waiter, now)  # noqa: SLF001 - no user is to see it
+        waiter.lease._seek_locked(waiter, now)  # noqa: SLF001 - no user is to see it
         try:
             line.node.check(waiter.amounts)
         except CostExceedsLimit as error:

@@ -274,8 +274,7 @@ class Branch(Flow):
 
     def rouse(self, flow: Flow) -> None:
         """Ask a sleeping flow anew, because something has changed; it keeps one call of its share."""
-        if flow.asleep:
-            self._make_ready(flow, kept=flow.work / flow.weight)
+        self._make_ready(flow, kept=flow.work / flow.weight)
 
     def reweigh(self, flow: Flow, weight: float) -> None:
         """Change the weight of ``flow``."""

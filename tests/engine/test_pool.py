@@ -553,6 +553,25 @@ async def test_member_that_fails_is_left_out_and_starts_slowly_until_a_call_ends
     assert await name_of_taker(pool) == "a"  # it rested for 1 s, as at first
 
 
+async def test_failing_member_still_serves_those_who_ask_it_alone(time: VirtualTime) -> None:
+    a, b = (Limiter(concurrency=1, name=name, clock=time.clock) for name in "ab")
+    lease = await Pool(a, b, prefer="first").acquire()
+    waiting = await start(a.acquire())
+    lease.member_failed("HTTP 500")
+    (await waiting).release()
+    assert time.now == 0
+
+
+async def test_member_works_as_before_when_its_slow_start_is_over(time: VirtualTime) -> None:
+    pool = Pool(*members_of(time, 6_000))
+    (await pool.acquire()).member_failed("HTTP 500")
+    held = await asyncio.gather(*(pool.acquire() for _ in range(600)))
+    for lease in held:
+        lease.release()
+    (await pool.acquire()).member_failed("HTTP 500")
+    assert [state.left_out for state in pool.states()] == [1]  # not 2 s: it counts as new
+
+
 async def test_calls_wait_while_all_members_are_left_out(time: VirtualTime) -> None:
     a, b = members_of(time, 6_000, 6_000)
     pool = Pool(a, b)
@@ -576,8 +595,13 @@ async def test_calls_fail_when_no_member_works_any_more(time: VirtualTime) -> No
     asked.member_failed("too early")
     with pytest.raises(RuntimeError, match="no member has taken this call yet"):
         _ = asked.limiter
-    for _ in range(8):
+    for _ in range(7):
         (await pool.acquire()).member_failed("ConnectError")
+    last = await pool.acquire()
+    waiting = await start(pool.acquire())
+    last.member_failed("ConnectError")
+    with pytest.raises(AcquireTimeout, match="no member of pool"):
+        await waiting
     says = "no member of pool 'pool' works: 'a': left out for 8 s more (ConnectError); 'b': left"
     with pytest.raises(AcquireTimeout, match=re.escape(says)) as caught:
         await pool.acquire()
