@@ -212,7 +212,7 @@ class ProviderMeter(Meter):
     @property
     def _top(self) -> int:
         """The largest size that may be tried, as long as none was refused."""
-        part = _UNPACED if self.limit.burst_units is None else _UNPROVEN
+        part = _UNPACED if self.limit.burst is None else _UNPROVEN
         return min(self._most, self.proven or max(1, self._limit // part))
 
     @property
