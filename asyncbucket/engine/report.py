@@ -202,13 +202,14 @@ def _bound_by(node: Node) -> str | None:
     if not node.waiting:
         return None
     known = None if pacer.place is None else pacer.place.held_up()
-    of_all = (None if known is None else known[0], pacer.bound_by)
     lines = [line for tree in pacer.trees for line in tree.top.lines()]
     lines = [line for line in lines if line.living and node in line.node.path]
-    lines.sort(
-        key=lambda line: (line.node.path[0] is not node, -line.priority)
-    )  # its own calls first
+    lines.sort(key=lambda line: (line.node.path[0] is not node, -line.priority))  # its own first
     here = [line.bound_by for line in lines]
-    # At the root the store's answer comes first, as it keeps these limits; below, the child's.
-    answers = (*of_all, *here) if node.parent is None else (*here, *of_all)
-    return next(filter(None, answers), None)
+    of_store = None if known is None else known[0]
+    if node.parent is not None:
+        return next(filter(None, (*here, of_store, pacer.bound_by)), None)
+    # The store keeps the limits of the root. If nobody is next, all wait for limits below the root.
+    is_next = pacer.top.head(pacer.clock())[0] is not None
+    answers = (pacer.bound_by, *here) if is_next else (*here, pacer.bound_by)
+    return of_store or next(filter(None, answers), None)

@@ -25,6 +25,21 @@ async def test_child_at_its_limit_holds_up_neither_sibling_nor_parent(time: Virt
     cancel(*queue)
 
 
+async def test_limiter_names_what_binds_below_once_its_own_limits_bind_nobody(
+    time: VirtualTime,
+) -> None:
+    key = Limiter(concurrency=1, clock=time.clock)
+    poor = key.child("poor", rpm=1)
+    held, *queue = await start_all(poor.acquire() for _ in range(2)), key.acquire()
+    waiting = await start_all(queue)
+    assert key.statistics().bound_by == "concurrency"
+    (await held[0]).release()
+    (await waiting[0]).release()
+    await asyncio.sleep(1)
+    assert key.statistics().bound_by == "requests"
+    cancel(*held)
+
+
 async def test_call_behind_cousin_is_bound_by_same_resource(time: VirtualTime) -> None:
     key = Limiter("1000 RPS burst 1000", clock=time.clock)
     team = key.child("team", "10 tokens/10s")
