@@ -159,7 +159,7 @@ async def test_lost_store_is_an_outage_and_hangs_no_call(
     limiter = limited(fault.url, "100 RPM burst 100")
     lost, back = noted(limiter, StoreLost), noted(limiter, StoreRecovered)
     await take(limiter)
-    await asyncio.sleep(1.3)  # until its share means something
+    await asyncio.sleep(2)  # until its share means something
     with caplog.at_level(logging.WARNING, "asyncbucket"):
         fault.begin()
         for _ in range(4):
