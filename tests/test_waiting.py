@@ -17,6 +17,7 @@ async def work(io: IO, numbers: object, limiter: Limiter) -> list[object]:
     return [*found, lease.released]
 
 
+@pytest.mark.filterwarnings("ignore:this call waits for its admission and blocks")
 async def test_one_function_serves_async_and_blocking_callers() -> None:
     async def numbers() -> object:
         yield 1

@@ -3,14 +3,13 @@
 import sys
 import warnings
 from numbers import Integral, Real
-from pathlib import Path
 from typing import Final, TypeGuard
 
 #: The resource that is given and shown in US dollars, and counted in millionths of one.
 USD: Final = "usd"
 #: How many units of it are a dollar.
 MICRO: Final = 1_000_000
-_PACKAGE: Final = str(Path(__file__).parents[1])
+_PACKAGE: Final = __file__.rpartition("engine")[0]
 #: Larger amounts are not written out: nobody needs all their digits.
 _MOST: Final = 10**18
 

@@ -12,7 +12,11 @@ from asyncbucket import Limiter
 from asyncbucket.testing import VirtualClock
 from asyncbucket.waiting import ASYNC, IO, SYNC
 
-either_io = pytest.mark.parametrize("io", [ASYNC, SYNC], ids=["async", "sync"])
+#: For synchronous calls in tests that have a loop, which they block.
+BLOCKS = pytest.mark.filterwarnings("ignore:this call waits for its admission and blocks")
+either_io = pytest.mark.parametrize(
+    "io", [ASYNC, pytest.param(SYNC, marks=BLOCKS)], ids=["async", "sync"]
+)
 
 
 @pytest.fixture(params=["httpx", "httpx2"])
