@@ -47,7 +47,7 @@ class History:
         self.held: dict[str, int] = {}
         #: Calls that were booked after the last change, and how much each has used.
         self._booked: list[tuple[int, Amounts]] = []
-        self._changed = now
+        self._began = self._changed = now
 
     def batch(self, worker: str, *, new: LimitConfig | None = None) -> Batch:
         """Make up what ``worker`` says next."""
@@ -101,4 +101,6 @@ class History:
         dated = self.random.random() < 0.2
         if dated and factor > 1:  # it was taken elsewhere before
             start -= self.random.choice([0, 10, 1_000]) * MILLISECOND
+            if self._began - 500 * MILLISECOND < start <= self._began:
+                start = self._began + 1_000  # the store was opened a moment before the reference
         return Correction(start=start, booked=amounts, used=used, dated=dated)
