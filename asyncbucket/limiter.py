@@ -161,7 +161,7 @@ class Limiter(EngineLimiter):
 
     def _set_up(self, node: Node, parent: EngineLimiter | None, terms: Terms) -> None:
         super()._set_up(node, parent, terms)
-        self._tenants: Tenants[Self] | None = None
+        self._tenants: Tenants[Self] | None = None  # pyright: ignore[reportUninitializedInstanceVariable]
 
     # --- from outside the code ---
 
@@ -495,7 +495,7 @@ class Limiter(EngineLimiter):
         return find_pause(self._node)
 
 
-class Pool(PoolOfLimiters, Limiter):
+class Pool(PoolOfLimiters, Limiter):  # pyright: ignore[reportIncompatibleMethodOverride]
     """Pace calls under several limiters: each call goes to whichever can start it first.
 
     See `asyncbucket.pools.Pool` for what it promises and takes; this adds the doors.

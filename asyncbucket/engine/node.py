@@ -257,8 +257,8 @@ class Node:
 
     def pauses(self) -> "Iterator[PauseMeter]":
         """Yield the pause of this limiter itself, if there has been one."""
-        extra: Iterable[Any] = (meter for meter, _ in self.extra)
-        return (meter for meter in extra if meter.bound_by == "paused")
+        extra: list[Any] = [meter for meter, _ in self.extra]
+        yield from (meter for meter in extra if meter.bound_by == "paused")
 
     def why_paused(self) -> str:
         """Return the reason of the pause that ends last, here or above, in brackets; "" if none has one."""
