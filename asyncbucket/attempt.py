@@ -252,8 +252,7 @@ def take_refusal(
         learns: whether the limits do.
         in_flight: see `Refusals.take_in`.
     """
-    refusals = Refusals.of(limiter)
-    effect = refusals.take_in(verdict, sent_at=sent.at, in_flight=in_flight)
+    effect = Refusals.of(limiter).take_in(verdict, sent_at=sent.at, in_flight=in_flight)
     if effect != "none" and learns:
         call_refused(lease, limiter, verdict.resource)
     if verdict.pause is not None:

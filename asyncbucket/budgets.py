@@ -24,7 +24,6 @@ import asyncio
 import contextlib
 import functools
 import inspect
-import warnings
 import weakref
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Collection, Mapping
@@ -40,7 +39,7 @@ from asyncbucket.engine.lease import PARTS_OF_TOKENS
 from asyncbucket.engine.meters import Amounts
 from asyncbucket.engine.node import Node
 from asyncbucket.engine.seats import Lock, OfThisProcess
-from asyncbucket.engine.wording import counted, in_given_unit, is_number
+from asyncbucket.engine.wording import counted, in_given_unit, is_number, warn_user
 
 # An account is told more than it needs.
 # ruff: noqa: ARG002
@@ -325,9 +324,8 @@ def _used_tokens(booked: Amounts, settled: Collection[str]) -> Amounts:
 @functools.cache
 def _warn_of_no_call() -> None:
     """Warn, once, at the line behind a budget's block."""
-    warnings.warn(
+    warn_user(
         "a budget has ended without a call: it counts calls that pass a limiter, so pace what makes "
         "them, by limiter.wrap(model) or http_client=limiter.http_client()",
         RuntimeWarning,
-        stacklevel=3,
     )

@@ -8,6 +8,7 @@ import pytest
 from asyncbucket import Limiter
 from asyncbucket.engine.seats import Lock
 from asyncbucket.waiting import ASYNC, IO, SYNC, run
+from tests.http.conftest import BLOCKS
 
 
 async def work(io: IO, numbers: object, limiter: Limiter) -> list[object]:
@@ -17,7 +18,7 @@ async def work(io: IO, numbers: object, limiter: Limiter) -> list[object]:
     return [*found, lease.released]
 
 
-@pytest.mark.filterwarnings("ignore:this call waits for its admission and blocks")
+@BLOCKS
 async def test_one_function_serves_async_and_blocking_callers() -> None:
     async def numbers() -> object:
         yield 1

@@ -1,6 +1,5 @@
 """Many limits, one admission: requests, tokens and a slot together, or nothing."""
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NoReturn, Self, Unpack
@@ -35,7 +34,7 @@ from asyncbucket.engine.terms import (
     read_name,
     read_weight,
 )
-from asyncbucket.engine.wording import is_integer, shown
+from asyncbucket.engine.wording import is_integer, shown, warn_user
 
 if TYPE_CHECKING:
     from asyncbucket.engine.pacer import Pacer
@@ -274,11 +273,10 @@ class Limiter(OfThisProcess):
         unpaid += [] if place is None else [use.limit for use in place.use() if not use.used]
         self._is_proven = not unpaid or node.admitted >= _MANY
         if self._is_proven and unpaid:
-            warnings.warn(
+            warn_user(
                 f"{node.admitted} calls have passed limiter {self.name!r}, and none cost anything "
                 f"of its limit of {unpaid[0]}: give the amount with each call, or check the name",
                 RuntimeWarning,
-                stacklevel=3,
             )
 
     async def __aenter__(self) -> NoReturn:

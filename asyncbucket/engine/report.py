@@ -177,7 +177,7 @@ def statistics_locked(node: Node) -> Statistics:
         waits={name: Waits(n, ns * 1e-9) for name, (n, ns) in node.waits.items()},
         refunded=dict(node.refunded),
         limits=tuple(_uses(node, now)),
-        bound_by=_bound_by(node),
+        bound_by=_bound_by(node, now),
         cache=CacheUse(node.cache_reads, node.cache_writes, node.cached_tokens),
     )
 
@@ -196,7 +196,7 @@ def _uses(node: Node, now: int) -> Iterator[LimitUse]:
         yield LimitUse(window.limit, window.used, left, window.limit.resets_in(wall), belief)
 
 
-def _bound_by(node: Node) -> str | None:
+def _bound_by(node: Node, now: int) -> str | None:
     """Return what holds up the next call, if anybody waits at ``node`` or below."""
     pacer: Pacer = node.pacer
     if not node.waiting:
@@ -210,6 +210,6 @@ def _bound_by(node: Node) -> str | None:
     if node.parent is not None:
         return next(filter(None, (*here, of_store, pacer.bound_by)), None)
     # The store keeps the limits of the root. If nobody is next, all wait for limits below the root.
-    is_next = pacer.top.head(pacer.clock())[0] is not None
+    is_next = pacer.top.head(now)[0] is not None
     answers = (pacer.bound_by, *here) if is_next else (*here, pacer.bound_by)
     return of_store or next(filter(None, answers), None)

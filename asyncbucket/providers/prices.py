@@ -14,7 +14,6 @@ Nothing here is looked up unless a limit or a budget of dollars is in force.
 
 import functools
 import re
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from datetime import date
@@ -26,7 +25,7 @@ from typing import Any, Final, TypeAlias
 from asyncbucket.engine.cost import Cost
 from asyncbucket.engine.errors import UnknownPrice
 from asyncbucket.engine.limiter import Limiter
-from asyncbucket.engine.wording import MICRO, USD, is_number
+from asyncbucket.engine.wording import MICRO, USD, is_number, warn_user
 from asyncbucket.levels import effective_limiter, in_force, prices_of
 from asyncbucket.providers import facts
 from asyncbucket.providers.profiles import Call
@@ -222,11 +221,10 @@ def _current(model: str, today: date | None) -> Price:
     price, source, dated = _published()[model]
     age = ((date.today() if today is None else today) - dated).days  # noqa: DTZ011 - a day more or less
     if age > _OLD:
-        warnings.warn(
+        warn_user(
             f"the price of {model!r} was read {age} days ago, on {dated}: compare it with {source}, "
             f"and give yours as Limiter(prices=...)",
             PriceWarning,
-            stacklevel=4,
         )
     return price
 
