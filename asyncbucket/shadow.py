@@ -5,7 +5,8 @@ same, at the instants at which the calls would have been admitted. A `Shadow` he
 an account does (`asyncbucket.engine.account`): when it asks, what it used, and how long it took. It
 plays the line on these arrivals: a call starts when the meters and the slots would have let it, first
 come, first served at each limiter, and ends as long after that as it took in reality. A call ends in
-the line no sooner than in reality, so what happened until now is always known.
+the line no sooner than in reality, so what happened until now is always known. What comes after that
+is played on a copy, with calls that go on as long as the others took.
 
 Two things are not played: arrivals that would have come later because replies did, and shares, agents
 and priorities, which change who waits rather than how long all wait.
@@ -14,19 +15,19 @@ and priorities, which change who waits rather than how long all wait.
 import atexit
 import copy
 import heapq
-import itertools
 import logging
 import weakref
-from collections import Counter, deque
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 from asyncbucket.engine.account import Account, Admission
 from asyncbucket.engine.cost import Cost
 from asyncbucket.engine.events import Shadowed
 from asyncbucket.engine.lease import Lease
-from asyncbucket.engine.meters import NEVER, Amounts, Route, admit
-from asyncbucket.engine.node import Node
+from asyncbucket.engine.meters import NEVER, Amounts, admit
+from asyncbucket.engine.node import EMPTY_MAPPING, Node
 from asyncbucket.engine.statistics import ShadowStatistics, Waits
 
 # It hears of a lease what no user is to see.
@@ -37,150 +38,21 @@ _log: Final = logging.getLogger("asyncbucket")
 
 @dataclass(slots=True, eq=False)
 class _Call:
-    """A call: what it asked for and used, and how long it took (ns); None while it goes on."""
+    """A call: what it asks for and uses, and when (ns)."""
 
     node: Node
     amounts: Amounts
-    asked: int
-    deadline: int | None
     used: Amounts
+    asked: int
+    deadline: int
+    #: Tells observers how long it would have waited, and for what.
+    tell: Callable[[int, str | None], None]
+    #: How long it took; None while it goes on.
     took: int | None = None
-    started: int | None = None
-    #: Since when it is the first in line, and what it waits for.
+    #: Since when it is the first in line, what it waits for, and when it starts.
     since: int | None = None
-    bound_by: str = ""
-
-
-class _Line:
-    """The calls that would wait, those that would be open, and what the others waited."""
-
-    def __init__(self) -> None:
-        self.now = 0
-        self.waiting: dict[Node, deque[_Call]] = {}
-        self.open: set[_Call] = set()
-        #: When those end that are over in reality: instant, number, call.
-        self.ends: list[tuple[int, int, _Call]] = []
-        self.in_flight = Counter[Node]()
-        self.calls = self.failed = 0
-        self.waits: dict[str, list[int]] = {}
-        #: Copies of the limits, if this is a forecast.
-        self.copies: dict[Node, Route] = {}
-
-    def ask(self, call: _Call) -> None:
-        """Let ``call`` join, unless it would be refused at once."""
-        self.play(call.asked)
-        self.calls += 1
-        line = self.waiting.get(call.node, ())
-        bounds = [node.max_queue for node in call.node.path if node.max_queue is not None]
-        can_pass = all(
-            call.amounts.get(resource, 0) <= meter.limit.units or not meter.refuses
-            for meter, resource in _limits_of(call.node).meters
-        )
-        if can_pass and not (line and len(line) >= min(bounds, default=NEVER)):
-            self.waiting.setdefault(call.node, deque()).append(call)
-            self.play(call.asked)
-        else:
-            self.failed += 1
-
-    def play(self, until: int) -> None:
-        """Let happen what would happen by then."""
-        while True:
-            due = self._dispatch()
-            upcoming = min(due, self.ends[0][0] if self.ends else NEVER)
-            if upcoming > until:
-                break
-            self.now = max(self.now, upcoming)
-            while self.ends and self.ends[0][0] <= self.now:
-                self._end(heapq.heappop(self.ends)[2])
-        self.now = max(self.now, until)
-
-    def over(self, call: _Call, took: int) -> None:
-        """Note how long a call took in reality, and what that means for its place in the line."""
-        call.took = took
-        if call.started is not None:
-            self.open.discard(call)
-            heapq.heappush(self.ends, (call.started + took, id(call), call))
-
-    def forecast(self, took: int) -> "_Line":
-        """Return how all this ends if nobody else calls, and calls that go on take ``took`` (ns)."""
-        nodes = {*self.waiting, *self.in_flight}
-        nodes.update(level for node in self.waiting for level in node.path)
-        line = copy.copy(self)
-        line.copies = {node: _limits_of(node) for node in nodes}
-        line = copy.deepcopy(line, {id(node): node for node in nodes})
-        for call in list(line.open):
-            assert call.started is not None
-            line.over(call, max(took, line.now - call.started))
-        for call in itertools.chain(*line.waiting.values()):
-            call.took = took if call.took is None else call.took
-        line.play(NEVER - 1)
-        return line
-
-    # --- the machine ---
-
-    def _dispatch(self) -> int:
-        """Start the calls that may start now, in order of arrival; return when the next may."""
-        while True:
-            heads = sorted(self.waiting.values(), key=lambda calls: calls[0].asked)
-            dues = [self._start(calls) for calls in heads]
-            if 0 not in dues:
-                return min(dues, default=NEVER)
-
-    def _start(self, calls: deque[_Call]) -> int:
-        """Start the first of ``calls`` and return 0, or when to try again."""
-        call, binds = calls[0], "concurrency"
-        call.since = self.now if call.since is None else call.since
-        latest = NEVER if call.deadline is None else call.deadline
-        due: int = NEVER
-        if all(self.in_flight[level] < level.slots for level in call.node.path):
-            due, bound_by = admit(self._limits(call.node), call.amounts, call.since, self.now)
-            binds = bound_by or binds
-        if self.now < due and self.now <= latest:
-            call.bound_by = binds
-            return min(due, latest + 1)
-        if due <= self.now:
-            self._started(call)
-        else:
-            self.failed += 1
-        calls.popleft()
-        if not calls:
-            del self.waiting[call.node]
-        return 0
-
-    def _started(self, call: _Call) -> None:
-        call.started, waited = self.now, self.now - call.asked
-        if waited:
-            sums = self.waits.setdefault(call.bound_by, [0, 0])
-            sums[0] += 1
-            sums[1] += waited
-        self.in_flight.update(call.node.path)
-        self.open.add(call)
-        if call.took is not None:
-            self.over(call, call.took)
-        if not self.copies:
-            cost, bound_by, seconds = Cost.of(call.amounts), call.bound_by or None, waited * 1e-9
-            call.node.pacer.notify_locked(
-                call.node, Shadowed, cost=cost, would_wait=seconds, bound_by=bound_by
-            )
-
-    def _end(self, call: _Call) -> None:
-        """Give a call's slots back, and correct its cost to what it used."""
-        self.in_flight.subtract(call.node.path)
-        assert call.started is not None
-        for meter, resource in self._limits(call.node).meters:
-            reserved, used = call.amounts.get(resource, 0), call.used.get(resource, 0)
-            if used > reserved:
-                meter.owe(used - reserved, self.now)
-            elif used < reserved:
-                meter.unbook(reserved - used, call.started, left=used)
-
-    def _limits(self, node: Node) -> Any:
-        return self.copies.get(node) or _limits_of(node)
-
-
-def _limits_of(node: Node) -> Any:
-    windows = (window for each in node.path for window in each.limits.values())
-    return Route((), tuple((window, window.limit.resource) for window in windows))
+    bound_by: str | None = None
+    started: int | None = None
 
 
 class Shadow(Account):
@@ -188,21 +60,40 @@ class Shadow(Account):
 
     def __init__(self, node: Node) -> None:
         self._node = node
-        self._line = _Line()
-        #: The open calls, by lease; how many are over, and how long they took together (ns).
+        #: For each limiter, one that has the same limits, and counts what would have happened.
+        self._twins = weakref.WeakKeyDictionary[Node, Node]()
+        self._now = self._failed = self._prevented = 0
+        self._waiting: dict[Node, deque[_Call]] = {}
+        #: The calls that go on in reality, by lease; how many are over, and how long those took.
         self._calls: dict[int, _Call] = {}
-        self._took = [0, 0]
-        self._prevented = 0
+        self._over = self._took = 0
+        #: When those end that are over in reality: instant, number, call.
+        self._ends: list[tuple[int, int, _Call]] = []
+        self._is_copy = False
         _AT_EXIT.add(self)
+
+    # --- what it hears ---
 
     def passed(self, lease: Admission, now: int) -> None:
         """See `Account.passed`: the call asks."""
         assert isinstance(lease, Lease)
-        node, amounts, deadline = lease._node, lease._amounts, lease._deadline
-        until = None if deadline is None else deadline()
-        call = _Call(node, amounts, now, until, amounts)
-        self._calls[id(lease)] = call
-        self._line.ask(call)
+        node, amounts = lease._node, lease._amounts
+        latest = None if lease._deadline is None else lease._deadline()
+
+        def tell(waited: int, bound_by: str | None) -> None:
+            fields = {"would_wait": waited * 1e-9, "bound_by": bound_by}
+            node.pacer.notify_locked(node, Shadowed, cost=Cost.of(amounts), **fields)
+
+        deadline, twin = NEVER if latest is None else latest, self._twin(node)
+        call = self._calls[id(lease)] = _Call(twin, amounts, amounts, now, deadline, tell)
+        self._play(now)
+        line = self._waiting.setdefault(twin, deque())
+        bounds = (level.max_queue for level in node.path if level.max_queue is not None)
+        if line and len(line) >= min(bounds, default=NEVER):
+            self._failed += 1
+        else:
+            line.append(call)
+            self._play(now)
 
     def settled(self, lease: Admission, before: Amounts, after: Amounts) -> None:  # noqa: ARG002
         """See `Account.settled`."""
@@ -211,30 +102,36 @@ class Shadow(Account):
     def ended(self, lease: Admission, outcome: str) -> None:  # noqa: ARG002 - whatever came of it
         """See `Account.ended`."""
         call, now = self._calls.pop(id(lease)), self._node.pacer.clock()
-        self._line.play(now)
-        self._took = [self._took[0] + 1, self._took[1] + now - call.asked]
-        self._line.over(call, now - call.asked)
+        self._play(now)
+        self._over, self._took = self._over + 1, self._took + now - call.asked
+        self._end_after(call, now - call.asked)
 
     def refused(self, now: int) -> None:
         """See `Account.refused`: if calls would wait now, those before it would not have come so soon."""
-        self._line.play(now)
-        self._prevented += bool(self._line.waiting)
+        self._play(now)
+        self._prevented += bool(self._waiting)
+
+    # --- what it tells ---
 
     def statistics(self, now: int) -> ShadowStatistics:
-        """Return what would have happened; with the lock held."""
-        self._line.play(now)
-        over, took = self._took
-        line = self._line.forecast(took // max(1, over))
-        waited = sum(count for count, _ in line.waits.values())
-        seconds = sum(sums for _, sums in line.waits.values()) * 1e-9
+        """Return what would have happened, and what will if nobody else calls; with the lock held."""
+        self._play(now)
+        kept = (self._node, self._node.pacer, EMPTY_MAPPING)
+        ahead = copy.deepcopy(self, {id(each): each for each in kept})
+        ahead._is_copy = True
+        for call in ahead._calls.values():
+            ahead._end_after(call, self._took // max(1, self._over))
+        ahead._play(NEVER - 1)
+        root = ahead._twin(self._node)
+        calls = root.admitted + ahead._failed
         return ShadowStatistics(
-            calls=line.calls,
-            would_wait=waited,
-            mean_wait=seconds / max(1, line.calls),
-            would_fail=line.failed,
+            calls=calls,
+            would_wait=sum(count for count, _ in root.waits.values()),
+            mean_wait=sum(waited for _, waited in root.waits.values()) * 1e-9 / max(1, calls),
+            would_fail=ahead._failed,
             prevented=self._prevented,
             refusals=self._node.upstream_429,
-            waits={name: Waits(count, sums * 1e-9) for name, (count, sums) in line.waits.items()},
+            waits={name: Waits(count, ns * 1e-9) for name, (count, ns) in root.waits.items()},
         )
 
     def report(self) -> None:
@@ -243,6 +140,80 @@ class Shadow(Account):
             told = self.statistics(self._node.pacer.clock())
         if told.calls:
             _log.warning("limiter %r in shadow: %s", self._node.name, told)
+
+    # --- the line ---
+
+    def _twin(self, node: Node) -> Node:
+        twin = self._twins.get(node)
+        if twin is None:
+            parent = None if node.parent is None else self._twin(node.parent)
+            twin = self._twins[node] = Node(node.name, parent, pacer=node.pacer)
+        if not self._is_copy and (twin.limits, twin.slots) != (node.limits, node.slots):
+            twin.limits, twin.slots = node.limits, node.slots
+            twin.forget()
+        return twin
+
+    def _play(self, until: int) -> None:
+        """Let happen what would happen by then."""
+        while (
+            upcoming := min([self._dispatch(), *(end for end, _, _ in self._ends[:1])])
+        ) <= until:
+            self._now = max(self._now, upcoming)
+            while self._ends and self._ends[0][0] <= self._now:
+                self._end(heapq.heappop(self._ends)[2])
+        self._now = max(self._now, until)
+
+    def _dispatch(self) -> int:
+        """Start the calls that may start now, in order of arrival; return when the next may."""
+        while True:
+            heads = sorted(self._waiting.values(), key=lambda calls: calls[0].asked)
+            dues = [self._start(calls) for calls in heads]
+            if 0 not in dues:
+                return min(dues, default=NEVER)
+
+    def _start(self, calls: deque[_Call]) -> int:
+        """Start the first of ``calls``, or let it fail, and return 0; or when to try again."""
+        call, now = calls[0], self._now
+        call.since = now if call.since is None else call.since
+        if now > call.deadline or call.node.exceeded(call.amounts):
+            self._failed += 1
+        else:
+            due, bound_by = admit(call.node.route, call.amounts, call.since, now)
+            if due > now:
+                call.bound_by = bound_by
+                return min(due, call.deadline + 1)
+            self._started(call, now)
+        calls.popleft()
+        if not calls:
+            del self._waiting[call.node]
+        return 0
+
+    def _started(self, call: _Call, now: int) -> None:
+        call.started, waited = now, now - call.asked
+        if waited:
+            call.node.count_waits(1, waited, call.bound_by or "concurrency")
+        if call.took is not None:
+            self._end_after(call, call.took)
+        if not self._is_copy:
+            call.tell(waited, call.bound_by)
+
+    def _end_after(self, call: _Call, took: int) -> None:
+        """Note how long a call takes, and so when it ends in the line."""
+        call.took = took
+        if call.started is not None:
+            heapq.heappush(self._ends, (call.started + took, id(call), call))
+
+    def _end(self, call: _Call) -> None:
+        """Give a call's slots back, and correct its cost to what it used."""
+        for level in call.node.path:
+            level.in_flight -= 1
+        assert call.started is not None
+        for meter, resource in call.node.route.meters:
+            reserved, used = call.amounts.get(resource, 0), call.used.get(resource, 0)
+            if used > reserved:
+                meter.owe(used - reserved, self._now)
+            elif used < reserved:
+                meter.unbook(reserved - used, call.started, left=used)
 
 
 _AT_EXIT: Final["weakref.WeakSet[Shadow]"] = weakref.WeakSet()
