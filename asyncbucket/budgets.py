@@ -63,8 +63,8 @@ class Budget(InheritedScope, OfThisProcess):
     >>> budget.spent, budget.left
 
     It counts the calls that pass a limiter: those of wrapped models and tools, of paced clients and
-    functions, and what you acquire. What nothing paces, it does not see; a block that ends without a
-    call warns once. It holds for async and blocking calls, in every task started inside and in `asyncio.to_thread`,
+    functions, and what you acquire. What nothing paces, it does not see; a block that counts
+    nothing warns once. It holds for async and blocking calls, in every task started inside and in `asyncio.to_thread`,
     but not in plain threads. If budgets nest, all of them hold. At its admission a call reserves the
     most it may cost, and is refused if less is left. So with ``max_tokens`` set, the cap is never
     exceeded. Without it, a call may use more than expected; then the next ones are refused.
@@ -122,11 +122,16 @@ class Budget(InheritedScope, OfThisProcess):
         self._turns: weakref.WeakKeyDictionary[Any, asyncio.Lock] = weakref.WeakKeyDictionary()
         self._lock = Lock()
         self._calls = 0
+        #: The resources of which some call said what it costs.
+        self._named: set[str] = set()
 
     def __exit__(self, *error: object) -> None:
         super().__exit__(*error)
-        if not self._calls and error[0] is None:
-            _warn_of_no_call()
+        with self._lock:
+            self._catch_up_locked()
+            unnamed = [name for name in self._caps if name not in self._named]
+        if unnamed and error[0] is None:
+            _warn_of_no_call() if not self._calls else _warn_of_unnamed_cost(unnamed[0])
 
     @property
     def cap(self) -> Mapping[str, float]:
@@ -167,6 +172,7 @@ class Budget(InheritedScope, OfThisProcess):
         """Return what counts a new call."""
         with self._lock:
             self._calls += 1
+            self._named.update(name for name in self._caps if name in amounts)
         return Charge(self)
 
     # --- what accounts ask ---
@@ -256,6 +262,8 @@ class Budget(InheritedScope, OfThisProcess):
                 change = after.get(name, 0) - before.get(name, 0)
                 self._sums[side, name] += change
                 self._sums["left", name] -= change
+                if name in after:
+                    self._named.add(name)
 
 
 #: What people write: ``with asyncbucket.budget(usd=2.00):``.
@@ -325,7 +333,17 @@ def _used_tokens(booked: Amounts, settled: Collection[str]) -> Amounts:
 def _warn_of_no_call() -> None:
     """Warn, once, at the line behind a budget's block."""
     warn_user(
-        "a budget has ended without a call: it counts calls that pass a limiter, so pace what makes "
-        "them, by limiter.wrap(model) or http_client=limiter.http_client()",
+        "a budget has ended without counting a call: it counts calls that pass a limiter, so pace "
+        "what makes them, by limiter.wrap(model) or http_client=limiter.http_client()",
+        RuntimeWarning,
+    )
+
+
+@functools.cache
+def _warn_of_unnamed_cost(resource: str) -> None:
+    """Warn, once, that calls passed and the budget could not count what they cost."""
+    warn_user(
+        f"a budget of {resource} has ended without counting any: say what each call costs, as in "
+        f"acquire({resource}=...) or paced(..., {resource}=...)",
         RuntimeWarning,
     )

@@ -15,7 +15,7 @@ import pytest
 
 import asyncbucket
 from asyncbucket import BudgetExceeded, Cost, Limiter, Pool, QueueFull, WouldBlock, budget
-from asyncbucket.budgets import _warn_of_no_call
+from asyncbucket.budgets import _warn_of_no_call, _warn_of_unnamed_cost
 from asyncbucket.engine.context import inherited
 from asyncbucket.engine.events import Refused, Released
 from asyncbucket.levels import is_learning, meet_provider, reserve_more
@@ -266,11 +266,24 @@ def test_block_without_a_call_warns_once_unless_it_fails() -> None:
     with pytest.raises(KeyError), budget(usd=1):
         raise KeyError
     unseen = budget(usd=1)
-    with pytest.warns(RuntimeWarning, match="ended without a call: it counts calls that"), unseen:
+    with pytest.warns(RuntimeWarning, match="without counting a call: it counts calls"), unseen:
         pass
     with budget(usd=1):
         pass
     assert unseen.calls == 0
+
+
+@pytest.mark.parametrize("settled", [False, True])
+async def test_block_whose_calls_name_no_cost_warns_once(
+    time: VirtualTime, *, settled: bool
+) -> None:
+    _warn_of_unnamed_cost.cache_clear()
+    limiter = Limiter("60 RPM", clock=time.clock)
+    warned = pytest.warns(RuntimeWarning, match=r"budget of usd has .* any: .* acquire\(usd=")
+    for told in (contextlib.nullcontext() if settled else warned, contextlib.nullcontext()):
+        with told, budget(usd=1, requests=9):
+            async with limiter.acquire(tokens=10) as lease:
+                lease.settle(tokens=10, **({"usd": 0.5} if settled else {}))
 
 
 async def asked_later(_: BudgetExceeded) -> float:

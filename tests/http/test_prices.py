@@ -99,6 +99,7 @@ async def test_only_what_a_provider_may_charge_is_spent(reply: Any, used: int) -
     assert (limiter.statistics().in_flight, capped.reserved["usd"]) == (0, 0)
 
 
+@pytest.mark.filterwarnings("ignore:a budget of usd has ended")
 async def test_unknown_price_is_an_error_at_the_first_call_that_is_charged() -> None:
     client = client_of(httpx, Limiter(), REPLY)
     body = {**BODY, "model": "my-model"}
@@ -109,9 +110,9 @@ async def test_unknown_price_is_an_error_at_the_first_call_that_is_charged() -> 
         await client.get("https://api.openai.com/v1/models")
         assert capped.spent["usd"] == 0
     assert str(error.value) == (
-        "no price is known for the model 'my-model', so its calls can't be counted in dollars: pass "
-        'prices={"my-model": Price(input=..., output=...)}, in dollars per million tokens; "*" '
-        "covers all other models"
+        "no price is known for the model 'my-model', so its calls can't be counted in dollars: give "
+        'Limiter(..., prices={"my-model": Price(input=..., output=...)}), in dollars per million '
+        'tokens; "*" covers all other models'
     )
     client = client_of(httpx, Limiter("1 USD/day"), REPLY)
     with pytest.raises(UnknownPrice, match="a model without a name"):
