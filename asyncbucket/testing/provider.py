@@ -281,9 +281,9 @@ def main() -> None:
         with RateLimitedProvider(**vars(parser.parse_args())) as provider:
             print(provider.base_url, flush=True)  # noqa: T201 - a command's output
             stopped.wait()
+        print(json.dumps(asdict(provider.statistics())), flush=True)  # noqa: T201
     except (OSError, OverflowError, TypeError, ValueError) as exc:
         raise SystemExit(f"error: {getattr(exc, 'strerror', None) or exc}") from exc
-    print(json.dumps(asdict(provider.statistics())))  # noqa: T201 - a command's output
 
 
 def _value(text: str) -> Any:

@@ -95,6 +95,19 @@ async def test_openai_sdk_needs_only_another_base_url() -> None:
             await proxy.until(in_flight=0, admitted=4)
 
 
+@pytest.mark.parametrize("learn", [None, True, False])
+async def test_limits_that_headers_announce_hold_unless_nothing_is_learned(
+    learn: bool | None,  # noqa: FBT001 - a parameter of the test
+) -> None:
+    with RateLimitedProvider(rpm=600) as provider:
+        async with proxied(provider.url, learn=learn) as proxy:
+            headers = {"authorization": f"Bearer {KEY}"}
+            url = f"{proxy.url}/v1/chat/completions"
+            assert (await proxy.client.post(url, json=CHAT, headers=headers)).is_success
+            adopted = [limit.units for limit in proxy.proxy.limiter.limits]
+    assert adopted == ([] if learn is False else [600])
+
+
 async def test_anthropic_sdk_needs_only_another_base_url() -> None:
     asked: Any = {**CHAT, "max_tokens": 64}
     tool: Any = {"name": "add", "description": "Add.", "input_schema": TOOL["parameters"]}

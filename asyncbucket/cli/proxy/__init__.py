@@ -37,12 +37,12 @@ _LAST_PORT: Final = 65_535
 #: What may be in the file's table ``[proxy]``.
 _ENTRIES: Final = (
     *("upstream", "pool", "listen", "status", "profile", "key_env", "retries", "cache"),
-    "tenants_by_key",
-    "trust_priority",
+    *("learn", "tenants_by_key", "trust_priority"),
 )
 #: What an entry must be that is not a string.
 _FLAG: Final = (bool, "true or false")
 _KINDS: Final = {
+    "learn": _FLAG,
     "tenants_by_key": _FLAG,
     "trust_priority": _FLAG,
     "retries": (int, "a whole number"),
@@ -86,6 +86,10 @@ class ProxyOptions:
     cache: Annotated[
         str | None,
         options.name("lead: one call writes a new prompt prefix to the cache, others wait for it."),
+    ] = None
+    learn: Annotated[
+        bool | None,
+        options.flag("What the provider's headers say; default: heed it.", "--learn/--no-learn"),
     ] = None
     store: Annotated[
         str | None, options.text("Keep the limits in a file or a server.", metavar="URL")

@@ -103,6 +103,7 @@ class Proxy:
             profile=options.profile,
             retries=options.retries,
             endpoints=endpoints,
+            learn=options.learn is not False,
             cache=read_mode(options.cache or "count"),
         )
         #: A pool's calls are made for its first member, and rewritten for whichever takes them.
