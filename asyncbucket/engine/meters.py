@@ -37,6 +37,10 @@ the wall clock is asked: if it shows a later period, that one is opened, and all
 the window waits for the end of the period that it shows. So a wall clock that is set back never
 opens a period twice, one that is set forward ends none early, and no period ends later than one
 period after it should. What was used beyond the amount stays owed in the next period, but no longer.
+
+A sliding window would forget what calls used beyond its whole amount once that is a window old. So a
+bucket that holds the amount joins it until that debt is paid: in the long run no more passes than
+the limit, plus one call, whatever the estimates were.
 """
 
 import bisect
@@ -289,6 +293,8 @@ class Window(Meter):
         #: Whether a call above the limit can never pass. A limit that a provider announced only
         #: holds such a call back, until it goes out alone, and its reply corrects the limit.
         self.refuses = True
+        #: Whether debts above the amount are paid in full, not only until the window forgets them.
+        self.repays = False
         #: Units booked within the window, debts included.
         self.used = 0
         #: At least the most that one call has booked of them.
@@ -325,8 +331,9 @@ class Window(Meter):
             self._dates, self._units, self._closed = _NOTHING, _NOTHING, 0
             self._closes = now
         rate = Fraction(limit.units * 1_000_000_000, limit.window)
-        burst = limit.burst_units
-        if burst is None or burst == limit.units:
+        burst = limit.units if limit.burst_units is None else limit.burst_units
+        may_owe = self.repays and limit.calendar is None and self.pace is not None
+        if burst == limit.units and not may_owe:
             self.pace = None
         elif self.pace is None:
             self.pace = Bucket(rate=rate, burst=burst)
@@ -382,6 +389,23 @@ class Window(Meter):
             self.pace.owe(amount, when)
         self._book(amount, when)
         self._largest += amount  # a call may have booked so much before
+        if self.pace is None and self.used > self.amount and self.repays:
+            self._repay(amount, when)
+
+    def _repay(self, amount: int, when: int) -> None:
+        """Pace what comes by a bucket that holds the limit, until it has paid a debt of ``amount``.
+
+        Without a debt it would never bind: what keeps the window, keeps it, too.
+        """
+        self.forget(when)
+        spared = max(0, self.used - amount - self.amount)  # booked while the limit was higher
+        rate = Fraction(self.amount * 1_000_000_000, self.window)
+        self.pace, self.free = Bucket(rate=rate, burst=self.amount), 0
+        entries = self.entries()
+        self.pace.tat = entries[0][0] * self.pace.q  # no time before has earned anything
+        for date, units in entries:
+            self.pace.owe(max(0, units - spared), date)
+            spared = max(0, spared - units)
 
     def fill(self, amount: int, when: int, now: int) -> None:
         """Owe what was taken at ``when``, as far as it fits; the pace owes it from ``now`` on."""
@@ -520,6 +544,8 @@ class Window(Meter):
             self._closes = 0
             if self.pace is None or self.pace.tat <= now * self.pace.q:
                 self._largest = 0
+                if self.pace is not None and self.pace.burst == self.amount:  # all is paid
+                    self.pace = None
 
     def _reset(self, calendar: Calendar, when: int) -> None:
         """Open the period that the wall clock shows, unless it is one that was opened before."""

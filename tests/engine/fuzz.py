@@ -377,8 +377,8 @@ class Oracle:
             held += sum(left for entry, left in taken.items() if not entry.admitted)
         if held + units > limit.units:
             return False
-        if burst_of(limit) == limit.units:
-            return True
+        if burst_of(limit) == limit.units and all(entry.admitted for entry in taken):
+            return True  # else debts are paid as by a bucket
         slowest = min(Fraction(limit.units, limit.window) for _, limit in history)
         missing, last = Fraction(0), 0  # as if nothing had ever been given back
         for date, left in sorted((entry.date, left) for entry, left in taken.items()):

@@ -1,6 +1,7 @@
 """What a lease gives back, settles and owes: at once, once, and never more than it took."""
 
 import asyncio
+import contextlib
 from typing import Any
 
 import pytest
@@ -33,7 +34,39 @@ async def test_settling_above_reservation_leaves_debt(time: VirtualTime) -> None
     assert available(limiter) == -60
     assert limiter.statistics().refunded == {}
     await limiter.acquire(tokens=50)
-    assert time.now == 3 + 60 * HELD
+    assert time.now == 66  # 11 - 5 + 149 + 50 units, less 100, at 100 a minute
+
+
+@pytest.mark.parametrize("limit", ["1k TPM", "1k TPM burst 100", "60k tokens/h burst 60k"])
+async def test_debts_above_a_whole_window_are_paid_in_full(time: VirtualTime, limit: str) -> None:
+    """Calls use a hundred times their estimate: in ten hours, no more than the limit and one call."""
+    limiter = Limiter(limit, clock=time.clock)
+    spent = 0
+    await asyncio.sleep(1_000 * ("burst" not in limit))
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(36_000):
+            while True:
+                async with limiter.acquire(tokens=100) as lease:
+                    await asyncio.sleep(1)
+                    lease.settle(tokens=10_000)
+                    spent += 10_000
+    assert 600_000 - 60_000 < spent <= 600_000 + 60_000 * ("h" in limit) + 10_000
+    await asyncio.sleep(36_000)
+    limiter.acquire_nowait(tokens=100)
+
+
+async def test_lowered_limit_repays_only_what_calls_used_beyond_it(time: VirtualTime) -> None:
+    """What was booked under the higher limit is no debt; nor is a debt lost when the limit changes."""
+    limiter = Limiter("600 TPM", clock=time.clock)
+    lease = await limiter.acquire(tokens=600)
+    limiter.reconfigure("60 TPM")
+    lease.settle(tokens=630)
+    await limiter.acquire(tokens=60)
+    assert time.now == 90
+    limiter.reconfigure("120 TPM")
+    lease.settle(tokens=870)
+    await limiter.acquire(tokens=60)
+    assert time.now == 90 + (60 + 240 + 60 - 120) / 2
 
 
 #: Limits, what a call reserves, and then again and again: what it reports, and what is used.
