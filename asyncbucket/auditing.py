@@ -16,27 +16,24 @@ audit hook stays, because Python cannot remove one, and does nothing then.
 
 import asyncio
 import atexit
-import concurrent.futures
 import contextlib
 import functools
 import importlib
 import inspect
 import json
 import os
-import site
 import sys
-import sysconfig
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextvars import ContextVar
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self
 
-from asyncbucket.engine.lease import HELD, LENT, Lease
+from asyncbucket.engine.lease import ASKED, HELD, OVER, Lease
 from asyncbucket.providers.profiles import GENERIC, profile_of
 
 if TYPE_CHECKING:
@@ -49,15 +46,9 @@ _WATCHED: ContextVar[bool] = ContextVar("asyncbucket_watched", default=False)
 _ORIGIN: ContextVar[str] = ContextVar("asyncbucket_origin", default="")
 _CALLBACK: Final = asyncio.Handle._run.__code__  # noqa: SLF001
 #: Where code is that isn't the user's.
-_PATHS: Final = sysconfig.get_paths()
-_INSTALLED: Final = tuple(
-    {
-        *(_PATHS[name] + os.sep for name in ("stdlib", "platstdlib", "purelib", "platlib")),
-        *(path + os.sep for path in (*site.getsitepackages(), site.getusersitepackages())),
-        str(Path(__file__).parent) + os.sep,
-        "<frozen ",
-    }
-)
+_STANDARD: Final = (str(Path(os.__file__).parent) + os.sep, "<frozen ")
+_INSTALLED: Final = (os.sep + "site-packages" + os.sep, os.sep + "dist-packages" + os.sep)
+_OWN: Final = str(Path(__file__).parent) + os.sep
 _NOT_SEEN: Final = (
     "Not seen: connections that were open before the audit began, and gRPC's own resolver."
 )
@@ -108,64 +99,55 @@ class Audit:
             raise RuntimeError("another audit is on in this process: end that one first")
         _ON.append(self)
         _add_hook()
-        self._patch(Lease, "__init__", _noted)
-        self._patch(asyncio.BaseEventLoop, "create_task", _with_origin)
-        self._patch(concurrent.futures.ThreadPoolExecutor, "submit", _with_context)
-        for module, name, address in _EXITS:
+        for module, name, wrap in _PATCHES:
             with contextlib.suppress(ModuleNotFoundError):
-                owner, _, method = name.rpartition(".")
-                cls = functools.reduce(getattr, owner.split("."), importlib.import_module(module))
-                self._patch(cls, method, functools.partial(self._watched, address))
+                *owner, method = name.split(".")
+                cls = functools.reduce(getattr, owner, importlib.import_module(module))
+                original = vars(cls)[method]
+                setattr(cls, method, functools.wraps(original)(wrap(original)))
+                self._patched.callback(setattr, cls, method, original)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._patched.close()
         _ON.clear()
 
-    def _patch(self, cls: Any, name: str, wrap: Callable[[Any], Any]) -> None:
-        original = vars(cls)[name]
-        setattr(cls, name, functools.wraps(original)(wrap(original)))
-        self._patched.callback(setattr, cls, name, original)
-
-    def _watched(self, address: Callable[..., tuple[str, str]], original: Any) -> Any:
-        """Return what sends a call, watched."""
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            self.note(*address(*args, **kwargs))
-            _WATCHED.set(True)
-            try:
-                return original(*args, **kwargs)
-            finally:
-                _WATCHED.set(False)
-
-        async def call_async(*args: Any, **kwargs: Any) -> Any:
-            self.note(*address(*args, **kwargs))
-            _WATCHED.set(True)
-            try:
-                return await original(*args, **kwargs)
-            finally:
-                _WATCHED.set(False)
-
-        return call_async if inspect.iscoroutinefunction(original) else call
-
     def note(self, host: str, path: str) -> None:
         """Count a call if it goes to a provider; a name look-up has no path."""
-        if self._is_provider(host):
-            paced = any(map(_is_open, (*_LEASES.get(), *_JOB.leases)))
-            where = "" if paced else _where()
-            with self._lock:
-                if paced:
-                    self.paced += 1
-                else:
-                    self._found[host, path, where] += 1
+        if profile_of(host) is GENERIC and not any(fnmatchcase(host, each) for each in self._hosts):
+            return
+        is_paced = _at_least(HELD, (*_LEASES.get(), *_JOB.leases))
+        where = "" if is_paced else _where()
+        with self._lock:
+            if is_paced:
+                self.paced += 1
+            else:
+                self._found[host, path, where] += 1
 
-    def _is_provider(self, host: str) -> bool:
-        return profile_of(host) is not GENERIC or any(
-            fnmatchcase(host, pattern) for pattern in self._hosts
-        )
+    def save(self, folder: str) -> None:
+        """Write what was found into a file of this process."""
+        report = json.dumps([self.paced, [[*key, count] for key, count in self._found.items()]])
+        Path(folder, f"{os.getpid()}.json").write_text(report, "utf-8")
+
+    def add(self, report: str) -> None:
+        """Add what another process has written."""
+        paced, unpaced = json.loads(report)
+        self.paced += paced
+        for *key, count in unpaced:
+            self._found[tuple(key)] += count
 
     def __str__(self) -> str:
-        return table(self.unpaced, self.paced)
+        found = self.unpaced
+        total = f"{sum(each.count for each in found):,}" if found else "none"
+        rows = [(f"{each.count:,}", each.host, each.path, each.where) for each in found]
+        rows = [("calls", "host", "path", "where"), *rows] if rows else []
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [
+            "  ".join([row[0].rjust(widths[0]), *map(str.ljust, row[1:], widths[1:])]).rstrip()
+            for row in rows
+        ]
+        told = f"Calls to model providers: {total} unpaced, {self.paced:,} paced."
+        return "\n".join([told, *lines, _NOT_SEEN])
 
     def __repr__(self) -> str:
         return f"<Audit of {self.paced:,} paced and {sum(self._found.values()):,} unpaced calls>"
@@ -192,29 +174,9 @@ def audit(*, hosts: Iterable[str] = ()) -> Audit:
     return Audit(hosts)
 
 
-def table(unpaced: Sequence[Unpaced], paced: int) -> str:
-    """Return the report of an audit, as text."""
-    rows = [(f"{each.count:,}", each.host, each.path, each.where) for each in unpaced]
-    total = f"{sum(each.count for each in unpaced):,}" if rows else "none"
-    told = [f"Calls to model providers: {total} unpaced, {paced:,} paced."]
-    if rows:
-        rows.insert(0, ("calls", "host", "path", "where"))
-        n, host, path = (max(len(row[i]) for row in rows) for i in range(3))
-        told += [f"{a:>{n}}  {b:<{host}}  {c:<{path}}  {d}".rstrip() for a, b, c, d in rows]
-    return "\n".join([*told, _NOT_SEEN])
-
-
 def audit_process(folder: str, hosts: Iterable[str]) -> None:
     """Audit this process to its end, and write what was found into ``folder``."""
-    seen = audit(hosts=hosts)
-    seen.__enter__()
-
-    def write() -> None:
-        rows = [astuple(each) for each in seen.unpaced]
-        report = json.dumps({"paced": seen.paced, "unpaced": rows})
-        Path(folder, f"{os.getpid()}.json").write_text(report, "utf-8")
-
-    atexit.register(write)
+    atexit.register(audit(hosts=hosts).__enter__().save, folder)
 
 
 #: The audit that is on, if any.
@@ -244,9 +206,35 @@ class _Job(threading.local):
 _JOB: Final = _Job()
 
 
-def _is_open(lease: "weakref.ref[Lease]") -> bool:
-    held = lease()
-    return held is not None and held._state in (HELD, LENT)  # noqa: SLF001 - no user is to see it
+def _at_least(state: int, leases: _Leases) -> _Leases:
+    """Return those that are in a state from this one on, but are not over."""
+    known = ((each, each()) for each in leases)
+    return tuple(each for each, lease in known if lease and state <= lease._state < OVER)  # noqa: SLF001
+
+
+def _where() -> str:
+    """Return file and line of the user's code that led here, or that started this task."""
+    frame: FrameType | None = sys._getframe(1)  # noqa: SLF001
+    # Beyond a loop's callback is what runs the loop, not what started this task.
+    while frame is not None and frame.f_code is not _CALLBACK:
+        file = _shown_file(frame.f_code.co_filename)
+        if file is not None:
+            return f"{file}:{frame.f_lineno}"
+        frame = frame.f_back
+    return _JOB.where or _ORIGIN.get()
+
+
+@functools.cache
+def _shown_file(file: str) -> str | None:
+    """Return how to show a file of the user's, relative if it lies below; None if it is installed."""
+    if file.startswith((*_STANDARD, _OWN)) or any(part in file for part in _INSTALLED):
+        return None
+    with contextlib.suppress(ValueError, OSError):
+        return str(Path(file).relative_to(Path.cwd()))
+    return file
+
+
+# --- what replaces methods while an audit is on; each takes the original ---
 
 
 def _noted(original: Any) -> Any:
@@ -254,21 +242,16 @@ def _noted(original: Any) -> Any:
 
     def __init__(self: Lease, *args: Any, **kwargs: Any) -> None:  # noqa: N807
         original(self, *args, **kwargs)
-        others = [each for each in _LEASES.get() if (held := each()) and not held.released]
-        _LEASES.set((*others, weakref.ref(self)))
+        _LEASES.set((*_at_least(ASKED, _LEASES.get()), weakref.ref(self)))
 
     return __init__
 
 
 def _with_origin(original: Any) -> Any:
-    """Return ``create_task`` whose task remembers the line that started it."""
+    """Return ``create_task`` whose task, which copies this context, knows the line that started it."""
 
     def create_task(*args: Any, **kwargs: Any) -> Any:
-        # Without a context of its own, a task copies this one.
-        if kwargs.get("context") is None:
-            _ORIGIN.set(_where())
-        else:
-            kwargs["context"].run(_ORIGIN.set, _where())
+        _ORIGIN.set(_where())
         return original(*args, **kwargs)
 
     return create_task
@@ -293,26 +276,28 @@ def _with_context(original: Any) -> Any:
     return submit
 
 
-def _where() -> str:
-    """Return file and line of the user's code that led here, or that started this task."""
-    frame: FrameType | None = sys._getframe(1)  # noqa: SLF001
-    # Beyond a loop's callback is what runs the loop, not what started this task.
-    while frame is not None and frame.f_code is not _CALLBACK:
-        file = _shown_file(frame.f_code.co_filename)
-        if file is not None:
-            return f"{file}:{frame.f_lineno}"
-        frame = frame.f_back
-    return _JOB.where or _ORIGIN.get()
+def _watched(address: Callable[..., tuple[str, str]], original: Any) -> Any:
+    """Return what sends a call, watched; ``address`` returns host and path of its arguments."""
 
+    def call(*args: Any, **kwargs: Any) -> Any:
+        for seen in _ON:
+            seen.note(*address(*args, **kwargs))
+        _WATCHED.set(True)
+        try:
+            return original(*args, **kwargs)
+        finally:
+            _WATCHED.set(False)
 
-@functools.cache
-def _shown_file(file: str) -> str | None:
-    """Return how to show a file of the user's, relative if it lies below; None if it is installed."""
-    if file.startswith(_INSTALLED):
-        return None
-    with contextlib.suppress(ValueError, OSError):
-        return str(Path(file).relative_to(Path.cwd()))
-    return file
+    async def call_async(*args: Any, **kwargs: Any) -> Any:
+        for seen in _ON:
+            seen.note(*address(*args, **kwargs))
+        _WATCHED.set(True)
+        try:
+            return await original(*args, **kwargs)
+        finally:
+            _WATCHED.set(False)
+
+    return call_async if inspect.iscoroutinefunction(original) else call
 
 
 def _of_httpx(_: Any, request: Any) -> tuple[str, str]:
@@ -328,10 +313,18 @@ def _of_urllib3(pool: Any, method: str, url: str, *_: Any, **__: Any) -> tuple[s
     return pool.host, url.partition("?")[0]
 
 
-#: Where HTTP calls leave a process: module, method, and what returns host and path of its arguments.
-_EXITS: Final[tuple[tuple[str, str, Callable[..., tuple[str, str]]], ...]] = (
-    *((lib, "AsyncHTTPTransport.handle_async_request", _of_httpx) for lib in ("httpx", "httpx2")),
-    *((lib, "HTTPTransport.handle_request", _of_httpx) for lib in ("httpx", "httpx2")),
-    ("aiohttp", "ClientSession._request", _of_aiohttp),
-    ("urllib3", "connectionpool.HTTPConnectionPool.urlopen", _of_urllib3),
+_HTTPX, _AIOHTTP, _URLLIB3 = (
+    functools.partial(_watched, each) for each in (_of_httpx, _of_aiohttp, _of_urllib3)
+)
+#: What is replaced: module, method, and by what.
+_PATCHES: Final[tuple[tuple[str, str, Callable[[Any], Any]], ...]] = (
+    ("asyncbucket.engine.lease", "Lease.__init__", _noted),
+    ("asyncio", "BaseEventLoop.create_task", _with_origin),
+    ("concurrent.futures", "ThreadPoolExecutor.submit", _with_context),
+    ("httpx", "AsyncHTTPTransport.handle_async_request", _HTTPX),
+    ("httpx", "HTTPTransport.handle_request", _HTTPX),
+    ("httpx2", "AsyncHTTPTransport.handle_async_request", _HTTPX),
+    ("httpx2", "HTTPTransport.handle_request", _HTTPX),
+    ("aiohttp", "ClientSession._request", _AIOHTTP),
+    ("urllib3", "connectionpool.HTTPConnectionPool.urlopen", _URLLIB3),
 )

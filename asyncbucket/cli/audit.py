@@ -1,17 +1,15 @@
 """`asyncbucket audit`: run a program, and report its calls to model providers that nothing paced."""
 
-import json
 import os
 import signal
 import subprocess
 import tempfile
-from collections import Counter
 from pathlib import Path
 from typing import Annotated, Final
 
 import typer
 
-from asyncbucket.auditing import Unpaced, table
+from asyncbucket.auditing import Audit
 from asyncbucket.cli import UNPACED, options
 
 #: What each Python process of the program runs first; a `sitecustomize` of its own comes after it.
@@ -51,15 +49,14 @@ def audit(
         Path(folder, "sitecustomize.py").write_text(first, "utf-8")
         paths = [folder, *filter(None, [os.environ.get("PYTHONPATH")])]
         status = _run(command, {**os.environ, "PYTHONPATH": os.pathsep.join(paths)})
-        reports = [json.loads(path.read_text("utf-8")) for path in Path(folder).glob("*.json")]
-    found = Counter[tuple[str, str, str]]()
-    for called, path, where, count in (row for report in reports for row in report["unpaced"]):
-        found[called, path, where] += count
-    unpaced = sorted(Unpaced(*key, count) for key, count in found.items())
+        reports = [path.read_text("utf-8") for path in Path(folder).glob("*.json")]
     if not reports:
         raise ValueError(f"{command[0]} ran no Python that ended by itself, so nothing was seen")
-    typer.echo(table(unpaced, sum(report["paced"] for report in reports)), err=True)
-    raise typer.Exit(UNPACED if unpaced else status)
+    seen = Audit()
+    for report in reports:
+        seen.add(report)
+    typer.echo(seen, err=True)
+    raise typer.Exit(UNPACED if seen.unpaced else status)
 
 
 def _leave(*_: object) -> None:

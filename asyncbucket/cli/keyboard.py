@@ -1,4 +1,4 @@
-"""Keys of `asyncbucket watch` that change a running program's limiters."""
+"""What is typed into `asyncbucket watch` changes a running program's limiters."""
 
 import contextlib
 import os
@@ -13,10 +13,9 @@ from asyncbucket.cli.ui import Panel
 
 _PATIENCE: Final = 5.0
 _BAD_REQUEST: Final = 400
-_KEYS: Final = "keys: n next limiter, l limits, p pause 60 s, r resume, s shadow off, q quit"
-_CHANGES: Final = {"p": ("pause", 60), "r": ("resume", True), "s": ("shadow", False)}
-_PROMPT: Final = "limits such as 600 RPM, 200k TPM, or how many calls at once: "
-_ENTER, _ESCAPE, _BACKSPACES = "\r\n", "\x1b", "\x7f\b"
+_COMMANDS: Final = "limits 600 RPM, 200k TPM | concurrency 8 | pause 60 | resume | shadow off"
+#: Values that are neither numbers nor limits.
+_WORDS: Final = {"": True, "off": False}
 
 
 class Keyboard:
@@ -29,10 +28,9 @@ class Keyboard:
     def __init__(self, url: str, token: str) -> None:
         self._url, self._headers = url, {"authorization": f"Bearer {token}"}
         self._names: list[str] = []
+        #: What is being typed; and what the last command came to.
+        self._typed = self._told = ""
         self._restored = contextlib.ExitStack()
-        #: The limits that are being typed; and what the last change came to.
-        self._typed: str | None = None
-        self._told = ""
 
     def __enter__(self) -> Self:
         if not sys.stdin.isatty():
@@ -51,11 +49,7 @@ class Keyboard:
         self._restored.close()
 
     def wait(self, seconds: float) -> None:
-        """Take keys for so long, or until one was typed.
-
-        Raises:
-            KeyboardInterrupt: it was the one that quits.
-        """
+        """Take keys for so long, or until one was typed."""
         if select.select([sys.stdin], [], [], seconds)[0]:
             for key in os.read(sys.stdin.fileno(), 1_024).decode("utf-8", "ignore"):
                 self.take(key)
@@ -64,37 +58,28 @@ class Keyboard:
         """Return what is shown below ``limiters``."""
         # The chosen one comes first.
         self._names = self._names or [limiter["name"] for limiter in limiters]
-        doing = _KEYS if self._typed is None else f"{_PROMPT}{self._typed}_"
-        return Panel(f"> {self._names[0]}  {self._told}", facts=(doing,))
+        typing = f"{self._typed}_" if self._typed else f"type {_COMMANDS}; Tab: next limiter"
+        return Panel(f"> {self._names[0]}  {self._told}", facts=(typing,))
 
     def take(self, key: str) -> None:
         """Do what ``key`` means."""
-        if self._typed is not None:
-            self._type(key, self._typed)
-        elif key == "q":
-            raise KeyboardInterrupt
-        elif key == "n":
+        if key == "\t":
             self._names.append(self._names.pop(0))
-        elif key == "l":
-            self._typed = ""
-        elif key in _CHANGES:
-            self._send(*_CHANGES[key])
+        elif key in "\r\n":
+            typed, self._typed = self._typed.strip(), ""
+            self._send(*typed.partition(" ")[::2])
+        elif key in "\x7f\b":
+            self._typed = self._typed[:-1]
+        elif key.isprintable():
+            self._typed += key
 
-    def _type(self, key: str, typed: str) -> None:
-        if key in _ENTER:
-            self._typed = None
-            slots = int(typed) if typed.isdecimal() else 0
-            self._send(*(("concurrency", slots) if slots else ("limits", typed.split(","))))
-        elif key == _ESCAPE:
-            self._typed = None
-        elif key.isprintable() or key in _BACKSPACES:
-            self._typed = typed[:-1] if key in _BACKSPACES else typed + key
-
-    def _send(self, what: str, value: Any) -> None:
+    def _send(self, what: str, value: str) -> None:
         """Ask the program for a change, and remember what came of it."""
+        read: Any = int(value) if value.isdecimal() else _WORDS.get(value, value)
+        change = {what: value.split(",") if what == "limits" else read}
         try:
             with httpx.Client(trust_env=False, timeout=_PATIENCE, headers=self._headers) as client:
-                reply = client.post(self._url, json={"limiter": self._names[0], what: value})
+                reply = client.post(self._url, json={"limiter": self._names[0], **change})
             bad = reply.status_code == _BAD_REQUEST
             self._told = f"{what}: {reply.json()['error'] if bad else reply.reason_phrase}"
         except httpx.HTTPError as error:

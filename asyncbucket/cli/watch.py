@@ -45,7 +45,8 @@ def watch(
     once: Annotated[bool, options.flag("Look once, then exit.", "--once")] = False,
     as_json: options.AsJson = False,
     token: Annotated[
-        str | None, options.text("What serve_stats(control=True) printed; keys then change limits.")
+        str | None,
+        options.text("What serve_stats(control=True) printed; commands then change limits."),
     ] = None,
 ) -> None:
     """Show what running limiters do, live.

@@ -415,11 +415,11 @@ class Limiter(OfThisProcess):
             pacer.ring_locked(node, now)
 
     def leave_shadow(self) -> None:
-        """Pace calls from now on, as limits that were booked in the shadow allow; see `Limiter`."""
-        node = self._node
-        with node.pacer:
-            node.bystander = None
-            node.forget()
+        """Pace the calls of the whole tree from now on, as limits that were booked in the shadow allow."""
+        root = self._node.path[-1]
+        with root.pacer:
+            root.bystander = None
+            root.forget()
 
     def learn(self, limit: Limit) -> None:
         """Adopt a limit that the provider announces, if this limiter was given none.

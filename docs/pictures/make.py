@@ -110,7 +110,7 @@ async def draw_watch_and_trace(folder: Path) -> None:
                 command = f"asyncbucket watch {server.url} --token {server.token}"
                 terminal = Terminal(folder, command)
                 await asyncio.sleep(3)
-                terminal.type("n", "n", "l", "60 requests/6s", "Enter")
+                terminal.type("Tab", "Tab", "limits 60 requests/6s", "Enter")
                 await asyncio.sleep(1.5)
                 terminal.draw(HERE / "watch.svg", "asyncbucket watch")
             await program

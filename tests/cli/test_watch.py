@@ -179,8 +179,8 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Generator[int]:
     os.close(ours)
 
 
-def test_keys_change_the_limiters_of_the_program(terminal: int) -> None:
-    limiter = Limiter("60 RPM", name="openai", concurrency=3)
+def test_typed_commands_change_the_limiters_of_the_program(terminal: int) -> None:
+    limiter = Limiter("60 RPM", name="openai", concurrency=3, shadow=True)
     chat = limiter.child("chat")
     rows = report([limiter])["limiters"]
     with limiter.serve_stats(port=0, control=True) as server:
@@ -193,30 +193,31 @@ def test_keys_change_the_limiters_of_the_program(terminal: int) -> None:
                 keyboard.wait(20)
                 return str(keyboard.panel(rows))
 
-            assert "limits: OK" in typed("l9 RPX\x7fM\n")
+            assert "limits: OK" in typed("limits 9 RPX\x7fM\n")
             assert limiter.limits[0].amount == 9
-            assert "concurrency: OK" in typed("l7\n")
+            assert "concurrency: OK" in typed("concurrency 7\n")
             assert limiter.concurrency == 7
-            assert typed("l6").startswith("> openai  concurrency: OK: limits such as 600 RPM")
-            assert "6_" not in typed("\x1b")
-            assert "pause: OK" in typed("p")
+            assert limiter.statistics().shadow is not None
+            assert "shadow: OK" in typed("shadow off\n")
+            assert limiter.statistics().shadow is None
+            assert typed("pau").startswith("> openai  shadow: OK: pau_")
+            assert "pause: OK" in typed("se 60\n")
             assert limiter.statistics().paused > 50
-            assert "resume: OK" in typed("r")
+            assert "resume: OK" in typed("resume\n")
             assert limiter.statistics().paused == 0
-            assert "shadow: OK" in typed("s")
-            assert "is not a limit" in typed("lsoon\n")
-            assert typed("nl5 RPM\n").startswith("> openai/chat  limits: OK")
+            assert "is not a limit" in typed("limits soon\n")
+            assert "pause must be a number" in typed("pause soon\n")
+            assert "send a JSON object such as" in typed("stop\n")
+            assert typed("\tlimits 5 RPM\n").startswith("> openai/chat  limits: OK: type limits ")
             assert chat.limits[0].amount == 5
             keyboard.wait(0.01)
-            with pytest.raises(KeyboardInterrupt):
-                typed("xq")
         with Keyboard(server.url, "wrong") as stranger:
             stranger.panel(rows)
-            stranger.take("p")
+            stranger.take("\n")
             assert "The token is not the one that the program printed" in str(stranger.panel(rows))
     with Keyboard(server.url, "any") as late:
         late.panel(rows)
-        late.take("p")
+        late.take("\n")
         assert "the program does not answer (ConnectError)" in str(late.panel(rows))
 
 

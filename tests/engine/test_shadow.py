@@ -132,7 +132,7 @@ def test_pacing_begins_when_the_shadow_ends(virtual_time: VirtualTime) -> None:
         for _ in range(2):
             limiter.acquire_nowait().release()
         limiter.pause(100, reason="429")
-        limiter.leave_shadow()
+        limiter.child("chat").leave_shadow()
         async with limiter.acquire() as lease:
             assert 60 <= lease.waited < 61
 
