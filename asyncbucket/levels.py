@@ -296,7 +296,6 @@ def observe_remaining(
             now,
             limit=limit,
             since=None if since is None else nanoseconds(since, "since"),
-            lent=window.lent(node.in_flight),
             rounding=rounding,
             full_in=full_in,
         )

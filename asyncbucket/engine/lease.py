@@ -489,7 +489,7 @@ class Lease(OfThisProcess):
                 parts[:2] = [(reserved_units + debt, first, passed)]
             for meter, counts in meters:
                 if counts == resource:
-                    meter.exceed(delta, now, self._when)
+                    meter.owe(delta, now)
             return
         node.count_refund(resource, -delta)
         while delta < 0:  # the latest first

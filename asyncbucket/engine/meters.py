@@ -105,10 +105,6 @@ class Meter(Protocol):
     def owe(self, amount: int, when: int) -> None:
         """Take ``amount`` whether or not it may pass; later calls wait for it."""
 
-    def exceed(self, amount: int, when: int, sent: int) -> None:  # noqa: ARG002 - for those below
-        """Take at ``when`` what a call that was booked at ``sent`` has used beyond its booking."""
-        self.owe(amount, when)
-
     def unbook(self, amount: int, when: int, *, left: int = 0) -> None:
         """Give back ``amount`` of what was booked at ``when``, where ``left`` of it stays booked."""
 

@@ -20,7 +20,7 @@ class Waits:
 class Belief:
     """Show how the provider counts a limit, as far as its replies have shown."""
 
-    #: "bucket", "log" (of the last window) or "calendar" (windows of the clock), if that is proven.
+    #: "bucket", or "window" (any, or the clock's), if that is proven.
     kind: str | None
     #: Units that it accepts at once: those that a bucket holds, or that the window admits; if
     #: nothing is proven, those that were not refused.
@@ -39,8 +39,7 @@ class Belief:
         source = "replies" if self.kind else "waves of refusals"
         how = {
             "bucket": f"counts by a bucket of {size}, refilled at {rate} per {span}",
-            "log": f"counts by a log of the last {span}, of {size}",
-            "calendar": f"counts {size} in each {span} of the clock",
+            "window": f"counts {size} in each {span}, not by a bucket",
             None: f"accepts {size} at once and {rate} per {span}",
         }[self.kind]
         return f"the provider {how}; learned from {counted(self.learned_from, source)}"

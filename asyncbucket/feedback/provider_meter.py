@@ -12,10 +12,9 @@ a limit's `Window`, and learns.
 with it is at most ``size``. Two facts bound the size, and neither needs a header:
 
 - accepted at a backlog V: the size is at least V, and may grow: by half, up to a tenth of the limit
-  (a quarter for tokens), while nothing is proven; sixfold up to the size that is.
-- refused at a backlog V: the size is less than V. It becomes half of V, and the backlog is taken to
-  be as large as it may be, because the bucket is empty: this is the slow start. A larger size is
-  tried again after one quiet window, then after two, four and so on.
+  (a quarter for tokens), while nothing is proven; to the size that is, at once.
+- refused at a backlog V: the size is less than V, and becomes half of it. A larger one is tried
+  again after one quiet window, then after two, four and so on.
 
 A refusal at the smallest size means that the rate is too high. It is lowered by 5 percent; by 15 if
 others took what was left; and else by 30 once it is below three quarters of what the user told.
@@ -23,11 +22,11 @@ While calls are accepted it rises again, half of the way to the rate that was re
 above what the user told.
 
 *The proof.* If replies say how much remains (R) and in how long all will be back (T), a bucket of size
-B satisfies R + rate * T = B in every reply, whoever took what is missing. A log of the last minute
-exceeds its limit by this, and minutes of the clock end at one instant. Four replies that agree,
-though they came at different levels or times, are a proof. From then on the bucket is the law of this
-limit, in place of the window (`Window.give_way`): all that it holds at once, and never more. Four
-that contradict it put the window in force again.
+B satisfies R + rate * T = B in every reply, whoever took what is missing. A window (a log of the last
+minute, or minutes of the clock) gives back later, and exceeds its limit by this. Four replies that
+agree, though they came at different levels or times, are a proof. From then on the bucket is the law
+of this limit, in place of the window (`Window.give_way`): all that it holds at once, and never more.
+Four that contradict it put the window in force again.
 
 *The start.* Before anything is known, a second's worth of the limit may pass at once, because the
 shortest slices that providers document are seconds; a burst that the user gave counts instead.
@@ -35,8 +34,9 @@ shortest slices that providers document are seconds; a burst that the user gave 
 `asyncbucket.feedback.remaining` holds calls back by what is left, where others use the same key.
 """
 
+import operator
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Final, NamedTuple
 
 from asyncbucket.engine.limits import Limit
@@ -63,8 +63,6 @@ _FAR: Final = 70
 _PROOF: Final = 4
 #: Replies agree if they differ by no more than this fraction (1/1,000) of the limit, or is rounded.
 _NOISE: Final = 1_000
-#: Replies agree on when a window of the clock ends if they do for so many times what they leave open.
-_SURE: Final = 4
 #: So many instants of admission are remembered until their replies come.
 _REMEMBERED: Final = 4_096
 #: No more than this many calls are the smallest backlog, which is not halved.
@@ -76,23 +74,6 @@ _JUST_NOW: Final = 100_000_000
 #: A rate that was lowered must hold for this long (ns), and for so many units, before it is raised.
 _HOLD: Final = 5_000_000_000
 _HOLD_UNITS: Final = 10
-
-
-@dataclass(slots=True)
-class _Sent:
-    """What was booked at one instant and not refused: the backlog that it found, and its units."""
-
-    found: int
-    units: int = 0
-
-
-class _Report(NamedTuple):
-    """What a reply says: R, what a bucket's size (times the window) is between then, and when."""
-
-    left: int
-    low: int
-    high: int
-    at: int
 
 
 class ProviderMeter(Meter):
@@ -108,42 +89,21 @@ class ProviderMeter(Meter):
 
     def __init__(self, limit: Limit) -> None:
         self.limit, self.key, self.window = limit, limit.key, limit.window
-        self._told = limit.units
         self.is_paced = limit.window <= _LONG
-        #: What the provider gives back in a window, as far as known.
-        self.rate = limit.units
-        #: The lowest rate that was refused, if that is known to be too high, or 0.
-        self._refused_rate = 0
-        usual = max(1, limit.units // _UNPROVEN)
+        #: The provider's limit, as it says; and what it gives back in a window, as far as known.
+        self.announced = self.rate = limit.units
         burst = limit.burst_units
-        told = None if burst == usual else burst
+        told = None if burst == max(1, limit.units // _UNPROVEN) else burst
         self._most = told or limit.units
         #: The most backlog that a call may leave behind.
-        self._start = max(1, limit.units * min(_START, limit.window) // limit.window)
         self.size = told or self._start
-        #: The largest backlog that was accepted, and the smallest that was refused, or 0.
-        self._fits = self._refused_size = 0
-        #: For how many windows nothing may be refused before a larger size is tried again.
-        self._patience = 1
-        #: When the latest wave of refusals came, and when the rate was changed last.
-        self._refused_at = self._rate_at = -1
-        # The backlog (units times window), and when it was that.
-        self._backlog = self._at = 0
-        self._sent: dict[int, _Sent] = {}
-        #: The provider's limit, as it says.
-        self.announced = limit.units
-        #: The size of its bucket, if replies have proven that it counts by one.
-        self.proven: int | None = None
-        self._proof = 0, 0
-        #: When the latest report came, and what it said was left.
-        self._heard_at, self._left = -_JUST_NOW, 0
-        self._reports: deque[_Report] = deque(maxlen=_PROOF)
-        #: Between what instants all is back, by all replies that agree, and since when they do.
-        self._full_from, self._full_to, self._agree_since, self._is_sure = 0, -1, 0, False
-        #: How it counts: "bucket", "log" or "calendar", if that is proven.
-        self.kind: str | None = None
-        #: How many reports and waves of refusals came, and when (ns) what is believed changed.
-        self._replies = self._refusals = self._evidence = self._believed_at = 0
+        self._backlog = _Backlog(limit.window)
+        self._refused = _Refused()
+        #: When the rate was changed last; when the latest report came, and what it said was left.
+        self._rate_at, self._heard = -1, (-_JUST_NOW, 0)
+        self._proof = _Proof(limit.window)
+        #: Since when (ns) that is believed which is, and how many replies or refusals had shown it.
+        self._believed = 0, 0
         self._remaining = Remaining(limit, with_reserve=self.is_paced)
 
     # --- what passes ---
@@ -154,60 +114,39 @@ class ProviderMeter(Meter):
             return since
         due = self._remaining.earliest(amount, since)
         if self.is_paced:
-            over = self._backlog + (amount - max(amount, self.size)) * self.window
-            if over > 0:
-                due = max(due, self._at - -over // self.rate)
-                if self.announced < self._told:
-                    due = min(due, self._heard_at + _MEMORY * self.window)
+            due = max(due, self._backlog.earliest(max(0, self.size - amount), self.rate))
+            if self.announced < self.limit.units:
+                due = max(since, min(due, self._heard[0] + _MEMORY * self.window))
         return due
 
     def book(self, amount: int, when: int) -> None:
         """See `Meter.book`."""
-        self._send(amount, when)
+        self._leak(when)
+        self._backlog.add(amount, when)
         self._remaining.book(amount, when)
 
     owe = book
 
-    def exceed(self, amount: int, when: int, sent: int) -> None:
-        """See `Meter.exceed`; input is counted before the reply, so a later report includes it."""
-        self._send(amount, when)
-        counts = self.limit.resource == "input_tokens"
-        self._remaining.exceed(amount, when, sent if counts else when)
-
-    def _send(self, amount: int, when: int) -> None:
-        """Add to the backlog."""
-        self._leak(when)
-        sent = self._sent.get(when)
-        if sent is None:
-            sent = self._sent[when] = _Sent(-(-self._backlog // self.window))
-            if len(self._sent) > _REMEMBERED:
-                del self._sent[next(iter(self._sent))]
-        sent.units += amount
-        self._backlog += amount * self.window
-
     def unbook(self, amount: int, when: int, *, left: int = 0) -> None:
         """See `Meter.unbook`."""
-        if when in self._sent:
-            self._sent[when].units -= amount
-        self._backlog = max(0, self._backlog - amount * self.window)
+        self._backlog.take_back(amount, when)
         self._remaining.unbook(amount, when, left=left)
 
     def available(self, now: int) -> int:
         """See `Meter.available`."""
         left = self._remaining.available(now)
-        if not self.is_paced:
-            return left
-        backlog = max(0, self._backlog - max(0, now - self._at) * self.rate)
-        return min(left, self.size - -(-backlog // self.window))
+        return min(left, self.size - self._backlog.level(now, self.rate)) if self.is_paced else left
 
     def _leak(self, now: int) -> None:
-        if self.announced < self._told and now >= self._heard_at + _MEMORY * self.window:
-            self.announced = self.rate = self._told
-        if now > self._at:
-            self._backlog = max(0, self._backlog - (now - self._at) * self.rate)
-            self._at = now
+        if self.announced < self.limit.units and now >= self._heard[0] + _MEMORY * self.window:
+            self.announced = self.rate = self.limit.units
+        self._backlog.leak(now, self.rate)
 
     # --- what is accepted and what is refused ---
+
+    @property
+    def _start(self) -> int:
+        return max(1, self.limit.units * min(_START, self.window) // self.window)
 
     @property
     def _top(self) -> int:
@@ -218,94 +157,89 @@ class ProviderMeter(Meter):
     @property
     def _limit(self) -> int:
         """The limit, the provider's or the user's, whichever is lower."""
-        return max(1, min(self.announced, self._told))
+        return max(1, min(self.announced, self.limit.units))
 
     def pressure(self, when: int) -> float:
         """Return how close to the size the bookings of that instant came."""
-        sent = self._sent.get(when)
-        return 0.0 if sent is None else (sent.found + sent.units) / self.size
+        return self._backlog.sent.get(when, 0) / self.size
 
     def is_moved_by(self, when: int) -> bool:
         """Tell whether an accepted call, booked at ``when``, may change what is estimated."""
-        sent = self._sent.get(when) if self.is_paced else None
-        if sent is None or (self.size >= self._top and self.rate >= self._limit):
-            return False
-        return self.rate < self._limit or 4 * (sent.found + sent.units) > self.size
+        grows = self.size < self._top and 4 * self._backlog.sent.get(when, 0) > self.size
+        return self.is_paced and (grows or self.rate < self._limit)
 
     def accepted(self, when: int, now: int) -> None:
         """Take in that a call booked at ``when`` was accepted."""
-        sent = self._sent.get(when)
-        if sent is None or when < self._refused_at or not self.is_paced:
+        fits = self._backlog.sent.get(when)
+        if fits is None or when < self._refused.at or not self.is_paced:
             return
         self._leak(now)
-        self._fits = max(self._fits, sent.found + sent.units)
-        if not self._refused_size:
-            fits = self._fits
+        if now - self._refused.at > self.window * min(_PATIENCE, 1 << self._refused.waves):
+            self._refused = self._refused._replace(size=0)  # try again
+        if not self._refused.size:
             some = fits // (2 if fits < 3 * self._start else 4) + 1
-            grown = fits * 6 if self.proven else fits + some
+            grown = self._top if self.proven else fits + some
             self.size = max(self.size, min(grown, self._top))
-        elif now - self._refused_at > self.window * self._patience:  # try again what was refused
-            self.size = max(self.size, min(self._refused_size, self._top))
-            self._refused_size += self._refused_size // 2 + 1
-            self._refused_size *= self.size < self._top
-            self._refused_at = now
         if self.rate < self._limit:
             self._try_faster(now)
 
     def _try_faster(self, now: int) -> None:
         """Raise a rate that was lowered, if it has held for long enough."""
-        held = now - max(self._refused_at, self._rate_at)
-        if held > self.window:
-            self._refused_rate = 0
-        most = self._refused_rate or self._limit
+        held = now - max(self._refused.at, self._rate_at)
+        refused = 0 if held > self.window else self._refused.rate
         if held > _HOLD and held * self.rate > _HOLD_UNITS * self.window:
-            step = (min(most, self.rate * 3 // 2) - self.rate) // 2
-            self.rate += step or not self._refused_rate
+            step = (min(refused or self._limit, self.rate * 3 // 2) - self.rate) // 2
+            self.rate += step or not refused
             self._rate_at = now
 
     def has_room(self, amount: int, now: int) -> bool | None:
         """Tell whether a reply says now that ``amount`` fits; None if none says anything."""
-        return self._left >= amount if now - self._heard_at <= _JUST_NOW else None
+        at, left = self._heard
+        return left >= amount if now - at <= _JUST_NOW else None
 
     def refused(self, amount: int, when: int, now: int) -> bool:
         """Take in that a call of ``amount``, booked at ``when``, was refused for this limit.
 
         Return whether that is the first refusal of a wave: later ones were sent before it came.
         """
-        sent = self._sent.get(when)
-        if sent is None or not self.is_paced:
+        backlog, last = self._backlog.sent.get(when), self._refused
+        if backlog is None or not self.is_paced:
             return False
-        sent.units -= amount
-        backlog, is_new_wave = sent.found + sent.units + amount, when >= self._refused_at
+        is_new_wave, size, rate = when >= last.at, last.size, last.rate
         self._leak(now)
+        self._backlog.sent[when] -= amount
         if backlog > _FEW * amount:
-            if is_new_wave or backlog < self._refused_size:
-                self._refused_size = backlog
-                self._fits = min(self._fits, backlog // 2)
-                self.size = max(1, min(self.size, backlog // 2))
+            if is_new_wave or backlog < size:
+                size, self.size = backlog, max(1, min(self.size, backlog // 2))
         elif is_new_wave:
             # If less than it costs was left, others took it, and the rate may be right again soon.
             is_others = self.has_room(amount, now) is False
-            self._refused_rate = 0 if is_others else self.rate
             is_near = self.rate * 4 > self._limit * 3
             kept = _NEAR if is_near else _TAKEN if is_others else _FAR
-            self.rate = max(1, self.rate * kept // 100)
-            self._rate_at = now
-            self.size = max(1, self.size // 2)
-        if is_new_wave:
-            self._refused_at = now
-            self._patience = min(_PATIENCE, 2 * self._patience)
-            self._refusals += 1
-            self._believed_at = self._believed_at if self.kind else now
-        self._backlog = max(self._backlog, self.size * self.window)
+            rate, self.rate = 0 if is_others else self.rate, max(1, self.rate * kept // 100)
+            self._rate_at, self.size = now, max(1, self.size // 2)
+        at, waves = (now, last.waves + 1) if is_new_wave else (last.at, last.waves)
+        self._refused = _Refused(at, size, rate, waves)
+        if is_new_wave and self.kind is None:
+            self._believed = now, waves
         return is_new_wave
 
     # --- what replies say ---
 
     @property
+    def kind(self) -> str | None:
+        """How it counts: "bucket" or "window", if that is proven."""
+        return self._proof.kind
+
+    @property
+    def proven(self) -> int:
+        """The size of its bucket, if replies have proven that it counts by one, or 0."""
+        return self._proof.size
+
+    @property
     def is_law(self) -> bool:
         """Whether it alone says what may pass: the provider counts by a bucket, of the user's limit."""
-        return self.proven is not None and self.announced * 100 <= self._told * 101
+        return self.proven > 0 and self.announced * 100 <= self.limit.units * 101
 
     def heard(
         self,
@@ -314,7 +248,6 @@ class ProviderMeter(Meter):
         *,
         limit: int | None = None,
         since: int | None = None,
-        lent: int = 0,
         rounding: int = 0,
         full_in: tuple[int, int] | None = None,
     ) -> bool:
@@ -325,82 +258,137 @@ class ProviderMeter(Meter):
             now: the instant.
             limit: the provider's limit, if it says.
             since: when the call was sent that the reply answers; now, if that is not known.
-            lent: units that calls in flight may still give back.
             rounding: by how many units ``left`` may have been rounded down.
             full_in: in how many nanoseconds all is back (T), and by how many that may be off.
         """
         self._leak(now)
-        self._heard_at, self._left = now, left
-        self._replies += 1
-        since = now if since is None else since
+        self._heard = now, left
         if limit is not None and limit != self.announced:
-            self.rate = max(1, min(self.rate, limit))
-            self.announced = limit
-            self._reports.clear()
+            self.rate, self.announced = max(1, min(self.rate, limit)), limit
+            self._proof.reports.clear()
         self._remaining.hear(
-            *(left, now),
-            amount=self._limit,
-            since=since,
-            proven=self.proven or 0,
-            lent=lent,
+            *(left, now, self._limit, now if since is None else since),
+            proven=self.proven,
             rounding=rounding,
         )
-        if full_in is None:
+        if not (full_in and self._proof.changes(left, full_in, now, self.announced, rounding)):
             return False
-        (span, off), rate = full_in, self.announced
-        low = (left - rounding // 2) * self.window + rate * max(0, span - off)
-        high = (left + 1 + rounding) * self.window + rate * (span + off)
-        self._reports.append(_Report(left, low, high, now))
-        begin, end = since + span - off, now + span + off
-        first, last = max(self._full_from, begin), min(self._full_to, end)
-        if first > last:
-            first, last, self._agree_since = begin, end, now
-        self._full_from, self._full_to = first, last
-        self._is_sure = now - self._agree_since > _SURE * (end - begin)
-        return len(self._reports) == _PROOF and self._judge(now)
-
-    def _judge(self, now: int) -> bool:
-        """Judge the latest reports; return whether a belief changed."""
-        reports, whole = self._reports, self.announced * self.window
-        noise = max(self.window, whole // _NOISE)
-        least, most = max(each.low for each in reports), min(each.high for each in reports)
-        kind = None if self.proven else self.kind
-        if self.proven:
-            low, high = self._proof
-            if any(each.low - noise <= high and low <= each.high + noise for each in reports):
-                return False
-        if least <= min(most, whole) + noise:
-            levels = [each.left for each in reports]
-            apart = (max(levels) - min(levels)) * self.window
-            if most < whole // 2:  # a log that is full agrees with one of the limit's size
-                apart = max(apart, (now - reports[0].at) * self.announced)
-            if apart > max(each.high - each.low for each in reports) + noise:
-                kind = "bucket"
-        elif self._is_sure:
-            kind = "calendar"
-        elif (
-            self._agree_since > reports[0].at
-            and min(each.low for each in reports) > whole + whole // 10
-        ):
-            kind = "log"
-        if kind == self.kind:
-            return False
-        self.kind, self._believed_at, self._evidence = kind, now, self._replies
-        self._proof = least, most
-        self._remaining.kind = kind
-        self.proven = max(1, -(-least // self.window)) if kind == "bucket" else None
-        self.size = min(self.size, self.proven or self._top)
+        self._believed, self._remaining.kind = (now, self._proof.heard), self.kind
+        self.size = min(self.size, self._top)
         return True
 
     @property
     def belief(self) -> Belief | None:
         """What is believed of how the provider counts; None as long as nothing was learned."""
-        if self.kind is None and not self._refusals:
+        if self.kind is None and not self._refused.waves:
             return None
         return Belief(
             kind=self.kind,
             size=self.size if self.kind is None else self.proven or self._limit,
             rate=self.rate,
-            since=self._believed_at * 1e-9,
-            learned_from=self._evidence if self.kind else self._refusals,
+            since=self._believed[0] * 1e-9,
+            learned_from=self._believed[1],
         )
+
+
+class _Backlog:
+    """What we have sent and the provider has not given back yet, in units times the window."""
+
+    def __init__(self, window: int) -> None:
+        self._window = window
+        self._units = self._at = 0
+        #: What it was, in units, with all that was booked at an instant.
+        self.sent: dict[int, int] = {}
+
+    def leak(self, now: int, rate: int) -> None:
+        if now > self._at:
+            self._units, self._at = max(0, self._units - (now - self._at) * rate), now
+
+    def add(self, amount: int, when: int) -> None:
+        if when not in self.sent:
+            self.sent[when] = -(-self._units // self._window)
+            if len(self.sent) > _REMEMBERED:
+                del self.sent[next(iter(self.sent))]
+        self.sent[when] += amount
+        self._units += amount * self._window
+
+    def take_back(self, amount: int, when: int) -> None:
+        if when in self.sent:
+            self.sent[when] -= amount
+        self._units = max(0, self._units - amount * self._window)
+
+    def level(self, now: int, rate: int) -> int:
+        return -(-max(0, self._units - max(0, now - self._at) * rate) // self._window)
+
+    def earliest(self, level: int, rate: int) -> int:
+        """Return when it has leaked down to so many units."""
+        return self._at - -max(0, self._units - level * self._window) // rate
+
+
+class _Refused(NamedTuple):
+    """The latest wave of refusals: when it came, the size and the rate that were refused, or 0."""
+
+    at: int = -1
+    size: int = 0
+    rate: int = 0
+    #: How many waves there were.
+    waves: int = 0
+
+
+class _Report(NamedTuple):
+    """What a reply says: R, what a bucket's size (times the window) is between then, when, and T."""
+
+    left: int
+    low: int
+    high: int
+    at: int
+    span: int
+
+
+@dataclass(slots=True)
+class _Proof:
+    """What replies show of how the provider counts."""
+
+    window: int
+    #: "bucket" or "window", if that is proven.
+    kind: str | None = None
+    #: How many units its bucket holds, or 0; and between what bounds (times the window) that lies.
+    size: int = 0
+    bounds: tuple[int, int] = 0, 0
+    #: How many replies said something of it, and the latest.
+    heard: int = 0
+    reports: deque[_Report] = field(default_factory=lambda: deque[_Report](maxlen=_PROOF))
+
+    def changes(
+        self, left: int, full_in: tuple[int, int], now: int, rate: int, rounding: int
+    ) -> bool:
+        """Take in a reply; return whether it changes what is known."""
+        span, off = full_in
+        low = (left - rounding // 2) * self.window + rate * max(0, span - off)
+        high = (left + 1 + rounding) * self.window + rate * (span + off)
+        self.reports.append(_Report(left, low, high, now, span))
+        self.heard += 1
+        before = self.kind, self.size
+        if len(self.reports) == _PROOF:
+            self._judge(rate * self.window, rate)
+        return before != (self.kind, self.size)
+
+    def _judge(self, whole: int, rate: int) -> None:
+        """Judge the latest reports of a limit of ``whole`` units (times the window)."""
+        lefts, lows, highs, dates, spans = zip(*self.reports, strict=True)
+        noise = max(self.window, whole // _NOISE)
+        if self.size:
+            low, high = self.bounds
+            if min(lows) > high + noise or max(highs) + noise < low:
+                self.kind, self.size = None, 0
+            return
+        least, most = max(lows), min(highs)
+        if least <= min(most, whole) + noise:
+            apart = (max(lefts) - min(lefts)) * self.window
+            if max(spans) < self.window // 2:  # else it may be a log that is full
+                apart = max(apart, (dates[-1] - dates[0]) * rate)
+            if apart > max(map(operator.sub, highs, lows)) + noise:
+                self.kind, self.bounds = "bucket", (least, most)
+                self.size = max(1, -(-least // self.window))
+        elif min(lows) > whole + whole // 10:
+            self.kind = "window"

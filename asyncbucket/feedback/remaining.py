@@ -82,11 +82,10 @@ class Remaining:
         self,
         left: int,
         now: int,
-        *,
         amount: int,
         since: int,
+        *,
         proven: int = 0,
-        lent: int = 0,
         rounding: int = 0,
     ) -> None:
         """Correct the expectation by what a reply says.
@@ -97,7 +96,6 @@ class Remaining:
             amount: the limit, the provider's or ours, whichever is lower.
             since: when the call was sent that the reply answers.
             proven: the size of the provider's bucket, or 0.
-            lent: units that calls in flight may still give back.
             rounding: by how many units ``left`` may have been rounded down.
         """
         if amount != self.amount:  # what was expected under the old one no longer counts
@@ -113,7 +111,7 @@ class Remaining:
         if self.others is not None:
             ours = amount - self._ours.available(now)
             taken = max(amount - ours, left) - high  # its limit may be far above ours
-            used, uncertainty = -high - self._booked, max(booked_since, lent) + rounding
+            used, uncertainty = -high - self._booked, booked_since + rounding
             self.others.update(used, now, before, taken, uncertainty, at_most=self._missing)
 
     def _correct(self, low: int, high: int, now: int, small: int) -> None:
@@ -130,10 +128,6 @@ class Remaining:
         if self._most_left * small < self.amount:
             self._missing = 0
         self._level_at = self._last_report = now
-        self._expect()
-
-    def _expect(self) -> None:
-        """Expect as much to come back as what is missing leaves."""
         self._growth = max(self.amount - self._missing, self.amount // _LEAST, 1)
 
     def earliest(self, amount: int, now: int) -> int:
@@ -143,7 +137,7 @@ class Remaining:
         if level is None:
             return now
         when = now
-        if needed > level and self.kind not in ("log", "calendar"):  # nothing flows in to those
+        if needed > level and self.kind != "window":  # nothing flows in to those
             when = max(now, self._level_at) - -(needed - level) // self._growth
         reserve = self._reserve(amount)
         if reserve:
@@ -164,21 +158,6 @@ class Remaining:
         if level is not None:
             self._level = level - amount * self.window
             self._level_at = max(self._level_at, when)
-        self._add(amount, when)
-
-    def exceed(self, amount: int, when: int, sent: int) -> None:
-        """Take what a call used beyond its booking at ``sent``.
-
-        A report since then has counted it. So nobody else took it, and the level is lower already.
-        """
-        if self._level is None or sent >= self._last_report:
-            self.book(amount, when)
-            return
-        self._missing = max(0, self._missing - amount * _SMOOTHING)
-        self._expect()
-        self._add(amount, when)
-
-    def _add(self, amount: int, when: int) -> None:
         self._booked += amount
         self._ours.book(amount, when)
         # What is spread evenly reaches no further than a window.

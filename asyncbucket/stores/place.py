@@ -86,10 +86,6 @@ class BookedMeter:
         self._parts.append((amount, start))
         self._report(start, booked=0, used=amount)
 
-    def exceed(self, amount: int, when: int, sent: int) -> None:  # noqa: ARG002 - as others do
-        """See `asyncbucket.engine.meters.Meter.exceed`."""
-        self.owe(amount, when)
-
     def _report(self, start: int, *, booked: int, used: int) -> None:
         name = self._resource
         self._place.correct(Correction(start=start, booked={name: booked}, used={name: used}))

@@ -16,12 +16,12 @@ MINUTE = 60 * SECOND
 def told(left: int | None = None, *, amount: int = 600, per: float = 60) -> Remaining:
     remaining = Remaining(Limit("units", amount, per=per), with_reserve=per <= 120)
     if left is not None:
-        remaining.hear(left, 0, amount=amount, since=0)
+        remaining.hear(left, 0, amount, 0)
     return remaining
 
 
 def hear(remaining: Remaining, left: int, now: int, *, amount: int = 600) -> None:
-    remaining.hear(left, now, amount=amount, since=now)
+    remaining.hear(left, now, amount, now)
 
 
 def take(remaining: Remaining, amount: int, now: int) -> bool:
@@ -39,10 +39,6 @@ DONE: dict[str, tuple[list[tuple[str, int, int]], int]] = {
         [("book", 30, 1), ("hear", 30, 2), ("unbook", 30, 1)],
         30,
     ),
-    "a debt that a report counted": (
-        [("book", 30, 1), ("hear", 10, 2), ("exceed", 20, 3)],
-        10,
-    ),
     "a call that left after a report": (
         [("book", 30, 1), ("hear", 60, 2), ("unbook", 30, 1), ("book", 30, 3)],
         30,
@@ -57,8 +53,6 @@ def test_what_is_left_after(done: str) -> None:
     for verb, units, when in moves:
         if verb == "hear":
             hear(remaining, units, when)
-        elif verb == "exceed":
-            remaining.exceed(units, when, 1)
         else:
             getattr(remaining, verb)(units, when)
     assert remaining.available(3) == available
@@ -81,15 +75,6 @@ def test_reports_and_debts_are_forgotten_after_two_windows() -> None:
     assert remaining.earliest(600, 0) == 2 * MINUTE
     assert remaining.available(2 * MINUTE) == 600
     assert take(remaining, 600, 2 * MINUTE)
-
-
-def test_what_a_call_used_beyond_its_cost_is_not_taken_for_others() -> None:
-    remaining = told(400)
-    remaining.book(10, 1)
-    hear(remaining, 300, 2)  # it took 100, which nobody knows yet
-    assert remaining.earliest(400, 2) > 20 * SECOND
-    remaining.exceed(90, 3, 1)
-    assert remaining.earliest(400, 3) == pytest.approx(10 * SECOND, abs=10)
 
 
 def test_calls_are_spread_over_a_window_at_most() -> None:
