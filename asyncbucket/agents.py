@@ -41,10 +41,10 @@ from dataclasses import dataclass, field
 from math import fsum
 from typing import Any, Final, Self, TypeAlias
 
-from asyncbucket.engine.account import Account, Admission
 from asyncbucket.engine.context import Inherited, InheritedScope, inherited, read_text
 from asyncbucket.engine.cost import Cost
 from asyncbucket.engine.events import AgentFinished, AgentStarted
+from asyncbucket.engine.interfaces import Account, Admission
 from asyncbucket.engine.meters import Amounts
 from asyncbucket.engine.node import Node
 from asyncbucket.engine.statistics import AgentKind, AgentStatistics

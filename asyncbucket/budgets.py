@@ -30,11 +30,11 @@ from collections.abc import Awaitable, Callable, Collection, Mapping
 from contextvars import ContextVar
 from typing import Any, Final, Literal, Never, TypeAlias
 
-from asyncbucket.engine.account import Account, Admission
 from asyncbucket.engine.context import InheritedScope
 from asyncbucket.engine.cost import rounded_up
 from asyncbucket.engine.errors import AsyncBucketError, BudgetExceeded
 from asyncbucket.engine.events import Outcome
+from asyncbucket.engine.interfaces import Account, Admission
 from asyncbucket.engine.lease import PARTS_OF_TOKENS
 from asyncbucket.engine.meters import Amounts
 from asyncbucket.engine.node import Node

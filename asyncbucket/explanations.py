@@ -20,8 +20,8 @@ from asyncbucket.engine.report import ways_of
 from asyncbucket.engine.wording import counted, in_seconds, named, rounded, with_verb, written
 
 if TYPE_CHECKING:
+    from asyncbucket.engine.interfaces import Place
     from asyncbucket.engine.pacer import Pacer
-    from asyncbucket.engine.seats import Place
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,11 +7,12 @@ from asyncbucket.budgets import Budget, Charge
 from asyncbucket.engine.context import inherited, nanoseconds
 from asyncbucket.engine.cost import rounded_up
 from asyncbucket.engine.events import BeliefChanged, Event, PromptCached
+from asyncbucket.engine.interfaces import PauseMeter
 from asyncbucket.engine.lease import Lease
 from asyncbucket.engine.limiter import Limiter
 from asyncbucket.engine.limits import Limit
 from asyncbucket.engine.meters import Window
-from asyncbucket.engine.node import Node, PauseMeter
+from asyncbucket.engine.node import Node
 from asyncbucket.engine.node import shown_name as _shown_name
 from asyncbucket.engine.wording import USD
 

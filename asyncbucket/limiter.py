@@ -15,11 +15,11 @@ from asyncbucket.agents import Agents, running_agent
 from asyncbucket.engine.context import Inherited, inherited, read_text
 from asyncbucket.engine.cost import Cost
 from asyncbucket.engine.errors import LimitSyntaxError
+from asyncbucket.engine.interfaces import PauseMeter, Place, Sizer
 from asyncbucket.engine.limiter import Limiter as EngineLimiter
 from asyncbucket.engine.limits import Limit
-from asyncbucket.engine.node import Node, PauseMeter, Sizer
+from asyncbucket.engine.node import Node
 from asyncbucket.engine.pacer import Pacer
-from asyncbucket.engine.seats import Place
 from asyncbucket.engine.statistics import Statistics
 from asyncbucket.engine.terms import (
     CallAmounts,
@@ -607,7 +607,7 @@ def read_prices(prices: Any) -> Mapping[str, Any]:
 
 
 def open_place(node: Node, store: Any, **options: Any) -> Place:
-    """Return what keeps the limits of a root in a store: a `asyncbucket.engine.seats.Place`."""
+    """Return what keeps the limits of a root in a store: a `asyncbucket.engine.interfaces.Place`."""
     from asyncbucket.stores.place import StorePlace
 
     return StorePlace(node, store, **options)

@@ -7,11 +7,11 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Final, Literal, TypeAlias, TypeVar, Unpack, cast
 
-from asyncbucket.engine.account import Account
 from asyncbucket.engine.context import inherited, read_text, span_of
 from asyncbucket.engine.cost import Cost
 from asyncbucket.engine.errors import AcquireTimeout
 from asyncbucket.engine.events import Outcome
+from asyncbucket.engine.interfaces import Account
 from asyncbucket.engine.lease import ASKED, Lease
 from asyncbucket.engine.limiter import Limiter
 from asyncbucket.engine.limits import Limit

@@ -2,7 +2,7 @@
 
 ``Limiter(..., shadow=True)`` lets every call of its tree pass at once. The limits are booked all the
 same, at the instants at which the calls would have been admitted. A `Shadow` hears of each call as
-an account does (`asyncbucket.engine.account`): when it asks, what it used, and how long it took. It
+an account does (`asyncbucket.engine.interfaces`): when it asks, what it used, and how long it took. It
 plays the line on these arrivals: a call starts when the meters and the slots would have let it, first
 come, first served at each limiter, and ends as long after that as it took in reality. A call ends in
 the line no sooner than in reality, so what happened until now is always known. What comes after that
@@ -22,9 +22,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from asyncbucket.engine.account import Account, Admission
 from asyncbucket.engine.cost import Cost
 from asyncbucket.engine.events import Shadowed
+from asyncbucket.engine.interfaces import Account, Admission
 from asyncbucket.engine.lease import Lease
 from asyncbucket.engine.meters import NEVER, Amounts, admit
 from asyncbucket.engine.node import EMPTY_MAPPING, Node

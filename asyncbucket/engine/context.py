@@ -15,7 +15,7 @@ from contextvars import ContextVar, Token
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal, NoReturn, Protocol, Self, TypeAlias, TypeVar
 
-from asyncbucket.engine.account import Account
+from asyncbucket.engine.interfaces import Account
 from asyncbucket.engine.meters import NEVER, Amounts
 from asyncbucket.engine.node import Node
 from asyncbucket.engine.wording import is_integer, is_number, plain

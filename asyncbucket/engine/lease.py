@@ -14,10 +14,10 @@ from threading import get_ident
 from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias, Unpack
 
 from asyncbucket.engine import report
-from asyncbucket.engine.account import Account
 from asyncbucket.engine.cost import COMMON, Cost, rounded_up
 from asyncbucket.engine.errors import AcquireTimeout, AsyncBucketError, CostExceedsLimit
 from asyncbucket.engine.events import Admitted, Outcome, Queued, Released, Settled
+from asyncbucket.engine.interfaces import Account
 from asyncbucket.engine.meters import Amounts, Meters, admit
 from asyncbucket.engine.node import Node
 from asyncbucket.engine.queue import AnyWaiter, Line, SyncWaiter, Waiter

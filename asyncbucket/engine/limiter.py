@@ -14,10 +14,11 @@ from asyncbucket.engine.context import (
 )
 from asyncbucket.engine.cost import COMMON, Cost, amounts_of
 from asyncbucket.engine.events import Callback, LimitChanged, LimitLearned, Observers, Paused
+from asyncbucket.engine.interfaces import PauseMeter, Sizer
 from asyncbucket.engine.lease import Lease
 from asyncbucket.engine.limits import Limit, read_limits
 from asyncbucket.engine.meters import NEVER
-from asyncbucket.engine.node import EMPTY_MAPPING, Node, PauseMeter, Sizer
+from asyncbucket.engine.node import EMPTY_MAPPING, Node
 from asyncbucket.engine.queue import reweigh
 from asyncbucket.engine.report import statistics_locked
 from asyncbucket.engine.seats import OfThisProcess, bury_closed

@@ -585,7 +585,7 @@ class Route:
         self.meters = meters
         #: Those that have to look at the wall clock before they are asked.
         self.calendars = tuple(m for m, _ in meters if isinstance(m, Window) and m.limit.calendar)
-        #: What is told of each call that passes, whoever makes it: `asyncbucket.engine.account.Account`.
+        #: What is told of each call that passes, whoever makes it: `asyncbucket.engine.interfaces.Account`.
         self.accounts = accounts
         #: The most that one call may cost of each resource; and how many seconds one unit takes of the
         #: fastest limit.

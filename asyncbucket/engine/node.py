@@ -14,12 +14,12 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from types import MappingProxyType
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
-from asyncbucket.engine.account import Account, Admission
 from asyncbucket.engine.cost import COMMON
 from asyncbucket.engine.errors import CostExceedsLimit
 from asyncbucket.engine.events import Event, Observers, Outcome
+from asyncbucket.engine.interfaces import Account, Admission, Order, PauseMeter, Sizer
 from asyncbucket.engine.limits import Key, Limit
 from asyncbucket.engine.meters import NEVER, Amounts, Meters, Route, Window, admit
 from asyncbucket.engine.wording import counted
@@ -28,54 +28,6 @@ from asyncbucket.engine.wording import counted
 EMPTY_MAPPING: Final[Any] = MappingProxyType({})
 #: Windows more than this many times longer than the shortest do not affect who goes next.
 _LONG: Final = 100
-
-
-class Order(Protocol):
-    """Order the calls of a limiter that wait, if not by their arrival."""
-
-    @property
-    def applies(self) -> bool:
-        """Whether it orders them now."""
-        ...
-
-    def arrange(self, calls: Iterable[Any]) -> Any:
-        """Return ``calls`` in a line: something to be used like a deque."""
-        ...
-
-
-class PauseMeter(Protocol):
-    """Let nobody pass for a while: a meter that people set."""
-
-    #: Until when (ns), and why.
-    until: int
-    reason: str
-    #: The length of a step (ns) of its slow start, if it is to start slowly.
-    step: int
-
-    def begin(self, until: int, now: int, *, gradually: bool, reason: str = "") -> None:
-        """Pause until ``until``; an earlier pause that ends later stays, with its slow start."""
-
-    def end(self, now: int) -> None:
-        """End it at ``now``, with its slow start."""
-
-
-class Sizer(Protocol):
-    """Find the number of slots from how calls end: the other half of the feedback interface."""
-
-    size: int
-    least: int
-    most: int
-
-    def ended(self, outcome: str, *, started: int, now: int, waited: bool, full: bool) -> None:
-        """Take in the end of a call; ``size`` may change.
-
-        Args:
-            outcome: ``"ok"``, ``"overloaded"`` or ``"failed"``.
-            started: when the call was admitted.
-            now: when it ended.
-            waited: whether it had waited for a slot.
-            full: whether all slots were taken until then.
-        """
 
 
 class Node:
@@ -236,7 +188,7 @@ class Node:
 
     @property
     def place(self) -> Any:
-        """What keeps its limits and slots (`asyncbucket.engine.seats.Place`), if a store does."""
+        """What keeps its limits and slots (`asyncbucket.engine.interfaces.Place`), if a store does."""
         return None if self.parent is not None else self.pacer.place
 
     # --- what its calls pass ---

@@ -37,10 +37,11 @@ from asyncbucket.engine import seats
 from asyncbucket.engine.cost import Cost
 from asyncbucket.engine.errors import AsyncBucketError, CostExceedsLimit
 from asyncbucket.engine.events import Cancelled, Event
+from asyncbucket.engine.interfaces import Place
 from asyncbucket.engine.meters import NEVER, Amounts, Meters, admit, leeway, take
 from asyncbucket.engine.node import Node, shown_name
 from asyncbucket.engine.queue import AnyWaiter, Branch, Line, line_of, rouse
-from asyncbucket.engine.seats import EMPTY, GRACE, NOWHERE, Place, Seat, Seats, reset_after_fork
+from asyncbucket.engine.seats import EMPTY, GRACE, NOWHERE, Seat, Seats, reset_after_fork
 from asyncbucket.engine.terms import read_clocks
 
 #: The most admissions in one look, before other tasks of the loop get their turn.

@@ -139,7 +139,7 @@ class Line(Flow):
         self.priority = priority
         #: What a call notes that stands in no other line.
         self.only = (self,)
-        #: In order of arrival, or in another: see `asyncbucket.engine.node.Order`.
+        #: In order of arrival, or in another: see `asyncbucket.engine.interfaces.Order`.
         self.calls: Any = deque()
         #: Since when somebody has been first here without anyone being served.
         self.since = 0

@@ -1,4 +1,4 @@
-"""Where calls wait: on an event loop, in a blocked thread, at a store; and what belongs to one process.
+"""Where calls wait: on an event loop, or in a blocked thread; and what belongs to one process.
 
 A seat looks at the queue (`asyncbucket.engine.pacer.Pacer.look`) when the next call may go, and when
 its doorbell rings. The doorbell of a loop is an `asyncio.Condition` on which one task sleeps. It is
@@ -26,16 +26,12 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Final, Literal, NoReturn, Self, TypeAlias
 
-from asyncbucket.engine.account import Account, Admission
-from asyncbucket.engine.events import Outcome
-from asyncbucket.engine.limits import Limit
-from asyncbucket.engine.meters import NEVER, Meters, admit
+from asyncbucket.engine.meters import NEVER, admit
 from asyncbucket.engine.node import shown_name
-from asyncbucket.engine.statistics import LimitUse
 
 #: CPython with the GIL switches threads only at calls and backward jumps, so a straight run of
 #: loads, arithmetic and stores is atomic.
@@ -400,82 +396,6 @@ def wait_for_slots(pacer: Any, now: int) -> int:
     seconds = (now - pacer.since) * 1e-9
     pacer.news.append(partial(_log.warning, says, seconds, ", ".join(sorted(held))))
     return NEVER
-
-
-# --- stores ---
-
-
-class Place(Account):
-    """Keep the limits of a root where other processes reach them.
-
-    The pacer decides who goes next, and books the limits below the root. Then the call stands here
-    until the store has booked it and its start has come. `room`, `push`, `leave` and `ended` are
-    called with the pacer's lock held.
-    """
-
-    def room(self, seat: Seat) -> bool:
-        """Tell whether it takes another call of this seat now; it rings the seat when that changes."""
-        raise NotImplementedError
-
-    def push(self, waiter: Any, below: Meters, now: int) -> None:
-        """Take over ``waiter``, booked at ``now`` in the meters ``below`` the root.
-
-        Later, on its own seat, it goes by `Pacer.pass_on_locked` or fails by `Pacer.fail_locked`.
-        """
-
-    def leave(self, waiter: Any) -> Any:
-        """Give back what a call took here that goes; return its line if it stood here, else None."""
-        raise NotImplementedError
-
-    def ended(self, lease: Admission, outcome: Outcome) -> None:
-        """Give back the slot of ``lease``, once."""
-
-    def holds(self, waiter: Any) -> bool:
-        """Tell whether a call stands here."""
-        raise NotImplementedError
-
-    def waiting(self) -> int:
-        """Return how many calls stand here: until the store books them, or until they start."""
-        raise NotImplementedError
-
-    def held_up(self) -> tuple[str, int] | None:
-        """Return what the first of them waits for, and until when at least, if that is known.
-
-        `NEVER` means that it depends on a slot being given back.
-        """
-        raise NotImplementedError
-
-    def holds_up(self) -> bool:
-        """Tell whether the first of them has to wait, or another would have to, as far as is known."""
-        raise NotImplementedError
-
-    def held_back(self) -> list[Any]:
-        """Return the calls, in order, that the store has not booked because it holds the first up."""
-        raise NotImplementedError
-
-    def use(self) -> Iterator[LimitUse]:
-        """Yield how much of each limit is used, as last heard."""
-        raise NotImplementedError
-
-    def options(self) -> dict[str, Any]:
-        """Return the arguments with which another `Limiter` keeps its limits there; {} if none can."""
-        raise NotImplementedError
-
-    def check(self, limits: Iterable[Limit], concurrency: Any) -> None:
-        """Refuse changes that the store cannot keep; this changes nothing.
-
-        Raises:
-            ValueError: it cannot keep one of them.
-        """
-
-    def configure(self) -> None:
-        """Tell all processes the limits as they are now."""
-
-    def pause(self, span: int, *, gradually: bool) -> None:
-        """Tell all processes to let nobody pass for ``span`` ns."""
-
-    async def aclose(self) -> None:
-        """Give back what this process holds, and leave the store."""
 
 
 # --- processes ---

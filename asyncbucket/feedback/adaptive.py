@@ -87,7 +87,7 @@ class Adaptive:
         self._cut_at = -1
 
     def ended(self, outcome: str, *, started: int, now: int, waited: bool, full: bool) -> None:
-        """Take in the end of a call: see `asyncbucket.engine.node.Sizer`."""
+        """Take in the end of a call: see `asyncbucket.engine.interfaces.Sizer`."""
         if outcome == "overloaded" and started > self._cut_at:
             self._refused(now)
         if outcome == "ok":

@@ -22,12 +22,13 @@ from typing import Any, ClassVar, Final
 
 from asyncbucket.engine.errors import CostExceedsLimit, StoreError
 from asyncbucket.engine.events import Event, LimitChanged, Outcome
+from asyncbucket.engine.interfaces import Place
 from asyncbucket.engine.limits import Limit
 from asyncbucket.engine.meters import NEVER, Amounts, Meters
 from asyncbucket.engine.node import Node
 from asyncbucket.engine.queue import AnyWaiter, Line
 from asyncbucket.engine.report import too_late_locked
-from asyncbucket.engine.seats import Place, Seat, reset_after_fork
+from asyncbucket.engine.seats import Seat, reset_after_fork
 from asyncbucket.engine.statistics import LimitUse
 from asyncbucket.engine.terms import OnOutage
 from asyncbucket.stores import open_store
@@ -142,7 +143,7 @@ class _Standing:
 
 
 class StorePlace(Place):
-    """Keep what a process has to do with the store; see `asyncbucket.engine.seats.Place`."""
+    """Keep what a process has to do with the store; see `asyncbucket.engine.interfaces.Place`."""
 
     def __init__(self, node: Node, store: Any, *, on_outage: OnOutage, slot_ttl: float) -> None:
         """Keep the limits of ``node``, a root, in ``store``; processes share them by its name.
@@ -198,7 +199,7 @@ class StorePlace(Place):
         #: The units that are left of each limit, as last heard.
         self.left: dict[Limit, int] = {}
 
-    # --- what the pacer asks: see `asyncbucket.engine.seats.Place` ---
+    # --- what the pacer asks: see `asyncbucket.engine.interfaces.Place` ---
 
     def room(self, seat: Seat) -> bool:
         self._open_session(seat.loop)

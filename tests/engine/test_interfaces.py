@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from asyncbucket import AsyncBucketError, Limiter
-from asyncbucket.engine.account import Account
+from asyncbucket.engine.interfaces import Account
 from asyncbucket.engine.meters import Amounts
 
 
