@@ -69,9 +69,8 @@ async def framework(
             exec(source, defined)  # noqa: S102 - our own documentation
         except ModuleNotFoundError as error:
             pytest.skip(f"{error.name} is not installed")
-        yield SimpleNamespace(
-            **{"title": request.param, "provider": provider, "first_part": None, **defined}
-        )
+        ours = {"title": request.param, "provider": provider, "limiter": limiter}
+        yield SimpleNamespace(**{"first_part": None, **defined, **ours})
     # Clients that nobody closes must not warn in another test.
     _ = gc.collect()
 

@@ -17,6 +17,9 @@ from asyncbucket.testing import VirtualTime
 
 mcp: Any = pytest.importorskip("mcp")
 
+# What the tests of other frameworks left open is collected at last when these begin.
+pytestmark = pytest.mark.filterwarnings("default::ResourceWarning")
+
 #: What mcp 1 has for a server.
 FIRST = ("mcp.server.fastmcp", "FastMCP")
 with_client = pytest.mark.skipif(not hasattr(mcp, "Client"), reason="mcp 1 has no Client")
