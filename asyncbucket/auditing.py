@@ -31,7 +31,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 
 from asyncbucket.engine.lease import ASKED, HELD, OVER, Lease
 from asyncbucket.providers.profiles import GENERIC, profile_of
@@ -112,17 +112,18 @@ class Audit:
         self._patched.close()
         _ON.clear()
 
-    def note(self, host: str, path: str) -> None:
-        """Count a call if it goes to a provider; a name look-up has no path."""
+    def note(self, url: Any) -> None:
+        """Count a call to ``url``, which has a host and a path, if it goes to a provider."""
+        host: str = url.host or ""
         if profile_of(host) is GENERIC and not any(fnmatchcase(host, each) for each in self._hosts):
             return
-        is_paced = _at_least(HELD, (*_LEASES.get(), *_JOB.leases))
-        where = "" if is_paced else _where()
-        with self._lock:
-            if is_paced:
+        if _alive(_LEASES.get(), HELD) or _alive(_JOB.leases, HELD):
+            with self._lock:
                 self.paced += 1
-            else:
-                self._found[host, path, where] += 1
+        else:
+            key = host, url.path, _where()
+            with self._lock:
+                self._found[key] += 1
 
     def save(self, folder: str) -> None:
         """Write what was found into a file of this process."""
@@ -192,7 +193,7 @@ def _add_hook() -> None:
 def _on_event(event: str, args: tuple[Any, ...]) -> None:
     if event == "socket.getaddrinfo" and _ON and not (_WATCHED.get() or _JOB.watched):
         host = args[0].decode("ascii", "replace") if isinstance(args[0], bytes) else str(args[0])
-        _ON[0].note(host.lower(), "")
+        _ON[0].note(_Url(host.lower(), ""))
 
 
 class _Job(threading.local):
@@ -206,10 +207,9 @@ class _Job(threading.local):
 _JOB: Final = _Job()
 
 
-def _at_least(state: int, leases: _Leases) -> _Leases:
-    """Return those that are in a state from this one on, but are not over."""
-    known = ((each, each()) for each in leases)
-    return tuple(each for each, lease in known if lease and state <= lease._state < OVER)  # noqa: SLF001
+def _alive(leases: _Leases, state: int) -> list["weakref.ref[Lease]"]:
+    """Return those that are in this state or a later one, and are not over."""
+    return [each for each in leases if (held := each()) and state <= held._state < OVER]  # noqa: SLF001
 
 
 def _where() -> str:
@@ -242,7 +242,7 @@ def _noted(original: Any) -> Any:
 
     def __init__(self: Lease, *args: Any, **kwargs: Any) -> None:  # noqa: N807
         original(self, *args, **kwargs)
-        _LEASES.set((*_at_least(ASKED, _LEASES.get()), weakref.ref(self)))
+        _LEASES.set((*_alive(_LEASES.get(), ASKED), weakref.ref(self)))
 
     return __init__
 
@@ -276,12 +276,12 @@ def _with_context(original: Any) -> Any:
     return submit
 
 
-def _watched(address: Callable[..., tuple[str, str]], original: Any) -> Any:
-    """Return what sends a call, watched; ``address`` returns host and path of its arguments."""
+def _watched(url_of: Callable[..., Any], original: Any) -> Any:
+    """Return what sends a call, watched; ``url_of`` returns the URL of its arguments."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         for seen in _ON:
-            seen.note(*address(*args, **kwargs))
+            seen.note(url_of(*args, **kwargs))
         _WATCHED.set(True)
         try:
             return original(*args, **kwargs)
@@ -290,7 +290,7 @@ def _watched(address: Callable[..., tuple[str, str]], original: Any) -> Any:
 
     async def call_async(*args: Any, **kwargs: Any) -> Any:
         for seen in _ON:
-            seen.note(*address(*args, **kwargs))
+            seen.note(url_of(*args, **kwargs))
         _WATCHED.set(True)
         try:
             return await original(*args, **kwargs)
@@ -300,22 +300,26 @@ def _watched(address: Callable[..., tuple[str, str]], original: Any) -> Any:
     return call_async if inspect.iscoroutinefunction(original) else call
 
 
-def _of_httpx(_: Any, request: Any) -> tuple[str, str]:
-    return request.url.host, request.url.path
+class _Url(NamedTuple):
+    host: str
+    path: str
 
 
-def _of_aiohttp(session: Any, _: str, str_or_url: Any, **__: Any) -> tuple[str, str]:
-    whole = session._build_url(str_or_url)  # noqa: SLF001 - with the session's base URL
-    return whole.host or "", whole.path
+def _of_httpx(_: Any, request: Any) -> Any:
+    return request.url
 
 
-def _of_urllib3(pool: Any, method: str, url: str, *_: Any, **__: Any) -> tuple[str, str]:  # noqa: ARG001
-    return pool.host, url.partition("?")[0]
+def _of_urllib3(pool: Any, method: str, url: str, *_: Any, **__: Any) -> _Url:  # noqa: ARG001
+    return _Url(pool.host, url.partition("?")[0])
 
 
-_HTTPX, _AIOHTTP, _URLLIB3 = (
-    functools.partial(_watched, each) for each in (_of_httpx, _of_aiohttp, _of_urllib3)
-)
+def _of_aiohttp(session: Any, _: str, str_or_url: Any, **__: Any) -> Any:
+    return session._build_url(str_or_url)  # noqa: SLF001 - with the session's base URL
+
+
+_HTTPX: Final = functools.partial(_watched, _of_httpx)
+_AIOHTTP: Final = functools.partial(_watched, _of_aiohttp)
+_URLLIB3: Final = functools.partial(_watched, _of_urllib3)
 #: What is replaced: module, method, and by what.
 _PATCHES: Final[tuple[tuple[str, str, Callable[[Any], Any]], ...]] = (
     ("asyncbucket.engine.lease", "Lease.__init__", _noted),
