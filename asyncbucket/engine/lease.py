@@ -19,7 +19,7 @@ from asyncbucket.engine.errors import AcquireTimeout, AsyncBucketError, CostExce
 from asyncbucket.engine.events import Admitted, Outcome, Queued, Released, Settled
 from asyncbucket.engine.interfaces import Account
 from asyncbucket.engine.meters import Amounts, Meters, admit
-from asyncbucket.engine.node import Node
+from asyncbucket.engine.node import Node, shown_name
 from asyncbucket.engine.queue import AnyWaiter, Line, SyncWaiter, Waiter
 from asyncbucket.engine.seats import ATOMIC, NOWHERE, OfThisProcess, Seat, ThreadSeat
 from asyncbucket.engine.terms import CallAmounts
@@ -34,6 +34,12 @@ _USED: Final = "a lease serves one call, and this one was used already: call acq
 _BLOCKS: Final = (
     "this call waits for its admission and blocks the event loop, so nothing else runs: await "
     "limiter.acquire() in a coroutine, or move the blocking call to a thread with asyncio.to_thread()"
+)
+#: How many calls of a limiter are watched for calls inside that wait for their slot.
+_EARLY: Final = 1_000
+_NESTED: Final = (
+    "this task holds the only slot of {!r} and waits for it here: release the first lease before this "
+    "call, give the calls inside a limiter of their own, or raise concurrency"
 )
 PARTS_OF_TOKENS: Final = ("input_tokens", "output_tokens")
 #: How many parts a lease remembers. If a stream is settled chunk by chunk, older debts count as
@@ -250,6 +256,7 @@ class Lease(OfThisProcess):
                 if pacer.observed:
                     pacer.notify(node, Queued, cost=self.cost, waiting=node.waiting)
                 if isinstance(waiter, Waiter):
+                    _warn_of_nesting(node)
                     in_time = await waiter
                 else:
                     assert seat is not None
@@ -365,6 +372,10 @@ class Lease(OfThisProcess):
                 await self._admit()
             elif not self._try_now():
                 await self._wait()
+        if self._node.admitted < _EARLY:  # whoever waits inside for the same slot soon does so
+            for level in self._node.path:
+                if level.slots == 1:
+                    level.entered = level.admitted, id(asyncio.current_task())
         return self
 
     async def __aexit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
@@ -679,3 +690,9 @@ def _warn_of_first(node: Node) -> None:
 def _warn_of_blocked_loop() -> None:
     if asyncio._get_running_loop() is not None:  # noqa: SLF001 - None in a plain thread
         warn_user(_BLOCKS, RuntimeWarning)
+
+
+def _warn_of_nesting(node: Node) -> None:
+    for level in node.path:
+        if level.in_flight and level.entered == (level.admitted, id(asyncio.current_task())):
+            warn_user(_NESTED.format(shown_name(level.name)), RuntimeWarning)

@@ -50,7 +50,7 @@ _LONGEST: Final = 86_400.0
 GRACE: Final = 50_000_000
 _PATIENCE: Final = 1_000_000_000
 #: After this time (ns) without an admission, slots may have been forgotten.
-_STALL: Final = 60_000_000_000
+_STALL: Final = 5_000_000_000
 
 
 _log: Final = logging.getLogger("asyncbucket")
