@@ -16,8 +16,8 @@ import contextlib
 import os
 import re
 import secrets
-from collections.abc import Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Generator, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Final
 
 from asyncbucket.engine.errors import CostExceedsLimit, StoreError
@@ -95,34 +95,23 @@ class BookedMeter:
         """See `asyncbucket.engine.meters.Meter.redate`: the store's dates stay."""
 
 
-class PendingUpdates:
-    """Keep what came back, the latest limits and the longest pause until they go with a batch.
+@dataclass(slots=True)
+class Outbox:
+    """Keep what goes with the next batch; the session has it, too, if nobody has the limiter any more."""
 
-    The session tells them, too, if nobody has the limiter any more.
-    """
+    #: What came back, the latest limits, and the longest pause.
+    batch: Batch = field(default_factory=Batch)
+    #: Slots of calls in flight, and of booked calls.
+    held: int = 0
 
-    def __init__(self) -> None:
-        #: Slots of calls in flight, and of booked calls.
-        self.held = 0
-        self.corrections: list[Correction] = []
-        self.config: LimitConfig | None = None
-        #: Until when (ns of the worker's clock), and whether gradually.
-        self.pause = 0, False
+    def add(self, **fields: Any) -> None:
+        """Add ``fields`` of a batch."""
+        self.batch = self.batch.then(Batch(**fields))
 
-    def batch(self, calls: Sequence[Amounts], now: int, waiting: int) -> Batch:
+    def take(self, calls: Iterable[Amounts] = (), waiting: int = 1) -> Batch:
         """Return the next batch; from now on the ledger keeps what is in it."""
-        until, gradually = self.pause
-        batch = Batch(
-            config=self.config,
-            pause=max(0, until - now),
-            gradually=gradually,
-            corrections=tuple(self.corrections),
-            held=self.held,
-            calls=tuple(calls),
-            waiting=max(1, waiting),
-        )
-        self.config, self.pause, self.corrections = None, (0, False), []
-        return batch
+        batch, self.batch = self.batch, Batch()
+        return replace(batch, held=self.held, calls=tuple(calls), waiting=max(1, waiting))
 
 
 @dataclass(slots=True)
@@ -187,7 +176,7 @@ class StorePlace(Place):
         #: Its name at the store: sessions follow one another under the same one.
         self.worker = f"{os.getpid()}-{secrets.token_hex(6)}"
         self._session: Session | None = None
-        self.pending = PendingUpdates()
+        self.outbox = Outbox()
         #: The calls that wait here, those that are booked first.
         self.calls: dict[AnyWaiter, _Standing] = {}
         #: How many of them may wait to be booked.
@@ -260,11 +249,11 @@ class StorePlace(Place):
         self.config(limits, concurrency)  # which refuses what no store counts
 
     def configure(self) -> None:
-        self.pending.config = self.config()
+        self.outbox.add(config=self.config())
         self._ring()
 
-    def pause(self, span: int, *, gradually: bool) -> None:
-        self.pending.pause = max(self.pending.pause, (self.clock() + span, gradually))
+    def pause(self, span: int, *, gradually: bool) -> None:  # noqa: ARG002 - the limits hold afterwards
+        self.outbox.add(pause=span)
         self._ring()
 
     async def aclose(self) -> None:
@@ -329,7 +318,7 @@ class StorePlace(Place):
         If the store has lost limits that were given, it is told of them again.
         """
         node, pacer, before = self._node, self._pacer, self.config()
-        if self.pending.config is not None or config == before:
+        if self.outbox.batch.config is not None or config == before:
             return
         if config.after(before) != config:
             self.configure()
@@ -367,10 +356,10 @@ class StorePlace(Place):
         self._tell_failed()
         return [each for each in self._unbooked() if not self.has_failed(each)][: self._room]
 
-    def unbooked(self) -> int:
-        """Return how many calls wait that have not been booked, here and in the pacer's line."""
+    def batch(self, heads: Iterable[AnyWaiter]) -> Batch:
+        """Return what to send, with what ``heads`` cost; its weight are all calls that wait, wherever."""
         booked = sum(each.reservation is not None for each in self.calls.values())
-        return self._node.waiting - booked
+        return self.outbox.take(map(self._to_ask, heads), self._node.waiting - booked)
 
     def _unbooked(self) -> list[AnyWaiter]:
         return [
@@ -429,8 +418,9 @@ class StorePlace(Place):
         except CostExceedsLimit as error:
             self._pacer.fail_locked(waiter, error)
 
-    def to_ask(self, amounts: Amounts) -> Amounts:
+    def _to_ask(self, waiter: AnyWaiter) -> Amounts:
         """Return what a call asks of the store: of a learned limit all at most; the rest is a debt."""
+        amounts: Amounts = waiter.amounts
         for window in self._node.limits.values():
             resource, most = window.limit.resource, window.amount
             if not window.refuses and amounts.get(resource, 0) > most:
@@ -439,7 +429,7 @@ class StorePlace(Place):
 
     def reserve(self, waiter: AnyWaiter, reservation: Reservation) -> None:
         """Keep what a call was given until it starts; it may have given up meanwhile."""
-        self.pending.held += reservation.slot
+        self.outbox.held += reservation.slot
         if waiter in self.calls:
             self.calls[waiter].reservation = reservation
             self._pacer.leave_lines(waiter)  # it is bound to this store now
@@ -543,13 +533,13 @@ class StorePlace(Place):
 
     def correct(self, correction: Correction) -> None:
         """Have a booking changed."""
-        self.pending.corrections.append(correction)
+        self.outbox.add(corrections=(correction,))
         if self._session is not None:
             self._session.report(correction)
 
     def _release(self) -> None:
         """Give a slot back."""
-        self.pending.held -= 1
+        self.outbox.held -= 1
         if self._session is not None:
             self._session.report(None)
 

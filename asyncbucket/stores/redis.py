@@ -24,7 +24,6 @@ from urllib.parse import urlsplit
 
 from asyncbucket.engine.errors import StoreError
 from asyncbucket.engine.statistics import LimitUse
-from asyncbucket.feedback.pause import Pause
 from asyncbucket.stores import script, without_password
 from asyncbucket.stores.script import GRAIN, Codec
 from asyncbucket.stores.store import (
@@ -368,8 +367,6 @@ class RedisLedger(Ledger):
         self._reset_call()
         starts = "{}"
         codec = self._codec if batch.config is None else Codec(batch.config)
-        local = Pause()
-        local.begin(batch.pause, 0, gradually=batch.gradually)
         while True:
             reply = await self._run(
                 codec,
@@ -378,18 +375,17 @@ class RedisLedger(Ledger):
                 batch.held or 0,
                 batch.waiting,
                 codec.corrections(batch.corrections),
-                codec.calls(batch.calls),
+                script.as_json([dict(call) for call in batch.calls]),
                 int(batch.config is not None),
                 -(-batch.pause // GRAIN),
-                local.step // GRAIN,
                 starts,
             )
             if "answers" in reply:
                 break
             if "wall" in reply:
-                starts = codec.starts(reply["wall"])
+                starts = codec.starts(int(reply["wall"]))
                 continue
-            codec = Codec.from_reply(reply["config"])
+            codec = Codec.from_text(reply["config"])
             if batch.config is not None:
                 codec = Codec(batch.config.after(codec.config))
         self._codec, self.config, self._epoch = codec, codec.config, reply["epoch"]
@@ -431,15 +427,15 @@ class RedisLedger(Ledger):
         reply = await in_time(self._run(self._codec, "peek"), OPEN_PATIENCE, self.silence)
         if not reply:
             return None
-        config = Codec.from_reply(reply["config"]).config
-        uses = zip(config.limits, reply["uses"][::2], reply["uses"][1::2], strict=True)
+        config = Codec.from_text(reply["config"]).config
+        left = zip(config.limits, map(int, reply["left"]), strict=True)
         return Snapshot(
-            now=reply["now"] * GRAIN,
+            now=int(reply["now"]) * GRAIN,
             config=config,
-            limits=tuple(LimitUse(*use) for use in uses),
+            limits=tuple(LimitUse(limit, limit.units - units, units) for limit, units in left),
             slots=reply["slots"],
-            paused_until=reply["paused"] * GRAIN,
-            last_start=reply["last"] * GRAIN,
+            paused_until=int(reply["paused"]) * GRAIN,
+            last_start=int(reply["last"]) * GRAIN,
             workers=reply["workers"],
         )
 

@@ -12,17 +12,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import astuple
 from fractions import Fraction
-from itertools import groupby
 from pathlib import Path
 from typing import Any, Final
 
 from asyncbucket.engine.limits import Limit
-from asyncbucket.engine.meters import Amounts, Window
-from asyncbucket.feedback.pause import SLOW_CALLS
+from asyncbucket.engine.meters import Window
 from asyncbucket.stores import state
 from asyncbucket.stores.store import (
     FAR,
-    GRACE,
     LATE,
     MAX_AMOUNT,
     SLOT,
@@ -38,23 +35,17 @@ _PARTS: Final = ("meters", "state", "line", "verbs")
 #: Nanoseconds in the script's unit of time.
 GRAIN: Final = 1_000
 #: The version of what the script keeps; others are refused.
-_SCHEMA: Final = 5
+_SCHEMA: Final = 6
 #: What the script knows by name: times in microseconds.
 _CONSTANTS: Final = {
     "SCHEMA": _SCHEMA,
     "SLOT": SLOT,
     "NEVER": 1e18,
-    "SLOW_CALLS": SLOW_CALLS,
     "UNPRICED": state.UNPRICED,
     "AHEAD": state.AHEAD,
-    "SPARE": state.SPARE,
     "FAR": FAR // GRAIN,
     "LATE": LATE // GRAIN,
-    "GRACE": GRACE // GRAIN,
-} | {
-    name: getattr(state, name) // GRAIN
-    for name in ("SOON", "HANDOVER", "STEP", "TURN", "SHORT_TURN", "ROUND")
-}
+} | {name: getattr(state, name) // GRAIN for name in ("SOON", "STEP", "TURN")}
 #: The most that one call may have used: a larger debt would be the same, as it is never paid off.
 _MAX_USED: Final = MAX_AMOUNT << 6
 
@@ -88,11 +79,12 @@ class Codec:
         }
         if config.concurrency is not None:
             encoded["concurrency"] = config.concurrency
-        self.text = _as_json(encoded)
+        self.text = as_json(encoded)
 
     @classmethod
-    def from_reply(cls, config: dict[str, Any]) -> "Codec":
+    def from_text(cls, text: str) -> "Codec":
         """Return the codec for limits that another worker has set."""
+        config = json.loads(text)
         limits = tuple(
             Limit(resource, amount, per=per, burst=burst, resets=resets)
             for resource, amount, per, burst, resets in config["limits"]
@@ -108,7 +100,7 @@ class Codec:
                 number = calendar.number(wall * GRAIN)
                 near = range(number - 1, number + 4)
                 starts[_key_of(limit)] = [calendar.start(each) // GRAIN for each in near]
-        return _as_json(starts)
+        return as_json(starts)
 
     def corrections(self, corrections: Sequence[Correction]) -> str:
         """Encode corrections: for each its start, and what was booked and used of each resource."""
@@ -117,40 +109,33 @@ class Codec:
             used = {**each.booked, **each.used}
             used = {resource: min(units, _MAX_USED) for resource, units in used.items()}
             encoded.append((each.start // GRAIN, each.booked, used, each.dated))
-        return _as_json(encoded)
-
-    def calls(self, calls: Sequence[Amounts]) -> str:
-        """Encode the waiting calls: those that cost the same as a count and the cost."""
-        return _as_json([(len(list(alike)), cost) for cost, alike in groupby(map(dict, calls))])
+        return as_json(encoded)
 
     def receipt(self, reply: dict[str, Any], batch: Batch) -> Receipt:
         """Decode the answer to ``batch``."""
-        now, flat = reply["now"] * GRAIN, reply["answers"]
-        answers = list(zip(flat[::3], flat[1::3], flat[2::3], strict=True))
-        each_call = [(offset, bound) for count, offset, bound in answers for _ in range(count)]
-        bookings: list[Booking] = []
-        for call, (offset, bound) in zip(batch.calls, each_call, strict=False):
+        now, bound_by = int(reply["now"]) * GRAIN, reply["bound"] or None
+        bookings = [Booking(Outcome.LATER, 0, bound_by)] * len(batch.calls)
+        for index, (offset, bound) in enumerate(reply["answers"]):
             if offset < 0:
-                bookings.append(Booking(Outcome.NEVER, 0, bound))
+                bookings[index] = Booking(Outcome.NEVER, 0, bound)
             else:
-                start, slot = now + offset * GRAIN, bool(call.get(SLOT))
-                bookings.append(Booking(Outcome.BOOKED, start, bound or None, slot))
-        bound_by = reply["bound"] or None
-        waits = Booking(Outcome.FULL if bound_by == SLOT else Outcome.LATER, 0, bound_by)
+                start, slot = now + offset * GRAIN, bool(batch.calls[index].get(SLOT))
+                bookings[index] = Booking(Outcome.BOOKED, start, bound or None, slot)
         return Receipt(
             now=now,
-            bookings=(*bookings, *[waits] * (len(batch.calls) - len(bookings))),
-            ask_at=reply["ask"] * GRAIN,
-            left=tuple(reply["left"]),
+            bookings=tuple(bookings),
+            ask_at=int(reply["ask"]) * GRAIN,
+            left=tuple(map(int, reply["left"])),
             workers=reply["workers"],
-            steady=reply["steady"] * GRAIN,
-            in_line=reply["inline"],
-            soonest=reply["soonest"] * GRAIN,
+            steady=int(reply["steady"]) * GRAIN,
+            in_line=reply["in_line"],
+            soonest=int(reply["soonest"]) * GRAIN,
             crowded=reply["crowded"],
         )
 
 
-def _as_json(value: Any) -> str:
+def as_json(value: Any) -> str:
+    """Encode ``value`` as the script reads it."""
     return json.dumps(value, separators=(",", ":"))
 
 

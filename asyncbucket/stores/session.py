@@ -20,7 +20,7 @@ import contextvars
 import logging
 import weakref
 from collections.abc import Coroutine, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from asyncbucket.engine.errors import StoreError
@@ -43,11 +43,10 @@ if TYPE_CHECKING:
     from asyncbucket.stores.thread import StoreThread
 
 #: For how long (ns) to gather what comes back: while this worker's line waits for something else, for all
-#: that is known while nobody waits for it, and while somebody waits: less than a round trip takes, so what
-#: comes back in between goes with it.
+#: that is known while nobody waits for it, and while somebody waits.
 _GATHER_LONG: Final = 3_000_000_000
 _GATHER: Final = 50_000_000
-_GATHER_BRIEFLY: Final = 500_000
+_GATHER_BRIEFLY: Final = 1_000_000
 #: A loop that was seen within this time (ns) is taken to run.
 _FRESH: Final = 10_000_000
 #: How long (ns) before the last of its starts a worker that does not stand in line books more.
@@ -85,7 +84,7 @@ class Session:
         """Begin, on ``loop`` or on one of its own."""
         #: A limiter that nobody has any more ends its session.
         self._place: StorePlace = weakref.proxy(place, lambda _: self.ring())
-        self._pending = place.pending
+        self._outbox = place.outbox
         self._clock = place.clock
         #: When a batch is sent though no call asks: to report what came back, or as a sign of life.
         self._report_at = 0
@@ -224,7 +223,7 @@ class Session:
         try:
             make = place.make_store
             store = make() if self._thread is None else self._thread.store(make)
-            self._pending.config = None
+            self._outbox.batch = replace(self._outbox.batch, config=None)
             self._ledger = await store.open(
                 place.name, place.config(), worker=place.worker, slot_ttl=place.slot_ttl
             )
@@ -245,11 +244,13 @@ class Session:
             return True
         with self._place.lock():
             loops = [waiter.seat.loop for waiter in self._place.calls]
-            if self._pending.corrections or any(not loop or loop.is_running() for loop in loops):
+            if self._outbox.batch.corrections or any(
+                not loop or loop.is_running() for loop in loops
+            ):
                 return False
-            if self._pending.held:  # signs of life keep the slots of calls in flight
+            if self._outbox.held:  # signs of life keep the slots of calls in flight
                 self._answer_closers()
-            return not self._pending.held
+            return not self._outbox.held
 
     def _answer_closers(self) -> None:
         while self._closers:
@@ -265,7 +266,7 @@ class Session:
             heads: Sequence[Any] = [
                 each for each in all_heads if not self._is_blocked(each.seat.loop)
             ]
-            is_urgent = self._pending.config is not None or self._pending.pause[0] > 0
+            is_urgent = self._outbox.batch.config is not None or self._outbox.batch.pause > 0
             if self._in_line and not is_urgent:
                 self._place.fail_late(heads, *self._soonest)
         now = self._clock()
@@ -301,8 +302,7 @@ class Session:
         assert self._ledger is not None
         asked_at, life = self._clock(), round(self._place.slot_ttl * 1e9)
         with self._place.lock():
-            calls = [self._place.to_ask(each.amounts) for each in heads or ()]
-            batch = self._pending.batch(calls, asked_at, self._place.unbooked())
+            batch = self._place.batch(heads or ())
             self._report_at = asked_at + min(_MAX_BEAT_INTERVAL, life // 3)
         try:
             receipt = await self._ledger.commit(batch)
@@ -317,7 +317,7 @@ class Session:
             self._place.adopt(config)
             self._place.left = dict(zip(config.limits, receipt.left, strict=False))
             if debts:
-                self._pending.corrections += debts
+                self._outbox.add(corrections=tuple(debts))
                 self._report_at = 0
             elif receipt.steady < STEADY:  # to know a share in an outage
                 self._report_at = min(self._report_at, asked_at + STEADY + STEADY // 8)
@@ -444,7 +444,7 @@ class Session:
         when = now
         with self._place.lock():
             for waiter in heads:
-                when = self._health.earliest_alone(waiter.amounts, now, held=self._pending.held)
+                when = self._health.earliest_alone(waiter.amounts, now, held=self._outbox.held)
                 if when > now:
                     break
                 slot = bool(waiter.amounts.get(SLOT))
@@ -480,4 +480,4 @@ class Session:
         await asyncio.gather(*helpers, return_exceptions=True)
         ledger, self._ledger = self._ledger, None
         if ledger is not None:
-            await ledger.aclose(self._pending.batch((), self._clock(), 0))
+            await ledger.aclose(self._outbox.take())

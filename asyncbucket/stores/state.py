@@ -12,10 +12,8 @@ from typing import Final
 from asyncbucket.engine.limits import Limit
 from asyncbucket.engine.meters import NEVER, Amounts, Window
 from asyncbucket.engine.statistics import LimitUse
-from asyncbucket.feedback.pause import Pause
 from asyncbucket.stores.store import (
     FAR,
-    GRACE,
     LATE,
     SLOT,
     Batch,
@@ -27,20 +25,13 @@ from asyncbucket.stores.store import (
     Snapshot,
 )
 
-#: A worker takes back slots that it gives back, until another has waited this long (ns) for each.
-HANDOVER: Final = 10_000_000
-#: Who waits for a slot asks by itself this many ns later than the one before it.
+#: Who does not know its turn asks by itself this many ns later than the one before it.
 STEP: Final = 500_000_000
 #: The shortest time (ns) before a worker asks again on account of the clock alone.
 SOON: Final = 5_000_000
-#: How much work (ns) is booked at a time: all workers that wait should have their turn in a `ROUND`.
-TURN: Final = 50_000_000
-SHORT_TURN: Final = 20_000_000
-ROUND: Final = 2_000_000_000
-#: Who is not first asks by itself this many times later than its turn should come: it is called when that
-#: comes, and who asks before asks in vain.
-SPARE: Final = 1.5
-#: So many late workers are passed over at a time.
+#: How much work (ns) is booked at a time.
+TURN: Final = 40_000_000
+#: So many workers of the line are looked at, behind the first.
 AHEAD: Final = 8
 #: The work (us) of a call that no limit prices.
 UNPRICED: Final = 1_000
@@ -64,8 +55,7 @@ class Worker:
     #: What its first call costs, None if none waits; and what that waits for.
     need: dict[str, int] | None = None
     bound_by: str | None = None
-    #: Since when it waits, and since when it has been the first; 0 while others come first.
-    since: int = 0
+    #: Since when it has been the first; 0 while others come first.
     first_since: int = 0
     #: When it asks again: when its turn comes, or by itself.
     due: int = 0
@@ -75,14 +65,12 @@ class Worker:
         """Whether it waits for a slot."""
         return self.bound_by == SLOT
 
-    def wait(self, need: Amounts | None, weight: int, bound_by: str | None, now: int) -> None:
+    def wait(self, need: Amounts | None, bound_by: str | None, weight: int) -> None:
         """Note what it waits for; nothing if ``need`` is None."""
-        if self.need is None:
-            self.since = now
         if need is None:
             self.first_since = 0
         self.need = None if need is None else dict(need)
-        self.weight, self.bound_by = weight, bound_by
+        self.bound_by, self.weight = bound_by, weight
 
 
 class State:
@@ -95,13 +83,12 @@ class State:
         self._per_unit: dict[str, float] = {}
         self.windows: dict[tuple[str, float], Window] = {}
         self.workers: dict[str, Worker] = {}
-        self.pause = Pause()
-        self.last_start = 0
+        self.paused_until = self.last_start = 0
         self.last_bound: str | None = None
         #: The tag of whom was served last, and the last one that was given to a worker on joining the line.
         self.virtual = self.joined = 0
-        #: How much work (us) a turn is of late; and when a worker came last that was not known.
-        self.slice = self.grown = 0
+        #: When a worker came last that was not known.
+        self.grown = 0
         self.configure(config, now)
 
     def configure(self, config: LimitConfig, now: int) -> None:
@@ -125,18 +112,17 @@ class State:
         if batch.config is not None:
             self.configure(batch.config.after(self.config), now)
         if batch.pause:
-            self.pause.begin(now + batch.pause, now, gradually=batch.gradually)
+            self.paused_until = max(self.paused_until, now + batch.pause)
         for correction in batch.corrections:
             self.correct(correction, max(now, self.last_start))
         if worker not in self.workers:
             self.workers[worker], self.grown = Worker(0), now
         me = self.workers[worker]
-        me.until, before = now + life, me.held
-        me.held = batch.held or 0
-        turn = Turn(self, worker, now, gave=before > me.held)
+        me.until, me.held = now + life, batch.held or 0
+        turn = Turn(self, worker, now)
         bookings = turn.run(batch.calls, batch.waiting)
         left = self._left(now)
-        rivals = self.rivals(me)
+        rivals = sum(each.is_full for each in self.workers.values()) - me.is_full
         return Receipt(
             now=now,
             bookings=bookings,
@@ -171,15 +157,6 @@ class State:
         """Return how many slots are free."""
         return self._slots() - sum(each.held for each in self.workers.values())
 
-    def share(self) -> int:
-        """Return how many slots a worker may hold while another waits for one."""
-        claims = sum(each.held > 0 or each.need is not None for each in self.workers.values())
-        return -(-self._slots() // max(1, claims))
-
-    def rivals(self, me: Worker) -> int:
-        """Return how many workers wait for a slot besides ``me``."""
-        return sum(each.is_full for each in self.workers.values()) - me.is_full
-
     def work(self, amounts: Amounts) -> float:
         """Return how much work (us of the limit that binds most) a call is."""
         works = (amounts.get(name, 0) * each for name, each in self._per_unit.items())
@@ -198,8 +175,8 @@ class State:
             amount = amounts.get(window.limit.resource)
             if amount and (due := window.earliest(amount, earned_since)) > start:
                 start, bound_by = due, window.limit.resource
-        if self.pause.until > start:
-            return self.pause.until, "paused"
+        if self.paused_until > start:
+            return self.paused_until, "paused"
         return start, bound_by
 
     def book(self, amounts: Amounts, start: int, bound_by: str | None = None) -> None:
@@ -207,31 +184,26 @@ class State:
         for window in self.windows.values():
             if amount := amounts.get(window.limit.resource):
                 window.book(amount, start)
-        self.pause.book(1, start)
         self.last_start, self.last_bound = start, bound_by
 
     def peek(self, now: int) -> Snapshot:
         """Return what there is, for people."""
         self._expire(now)
-        uses: list[LimitUse] = []
-        date = max(now, self.last_start)  # nothing more starts before
-        for window in self.windows.values():
-            available = min(window.available(date), NEVER if date <= now else 0)
-            uses.append(LimitUse(window.limit, window.used, available))
+        left = zip(self.windows.values(), self._left(now), strict=True)
         counted = self.config.concurrency is not None
         return Snapshot(
             now=now,
             config=self.config,
-            limits=tuple(uses),
+            limits=tuple(LimitUse(each.limit, each.used, units) for each, units in left),
             slots=sum(each.held for each in self.workers.values()) if counted else 0,
-            paused_until=self.pause.until,
+            paused_until=self.paused_until,
             last_start=self.last_start,
             workers=len(self.workers),
         )
 
     def expires_at(self, now: int) -> int:
         """Return from when on there is nothing left to remember, if nothing else happens."""
-        ends = [now + _MIN_LIFE, self.pause.until, *(each.until for each in self.workers.values())]
+        ends = [now + _MIN_LIFE, self.paused_until, *(each.until for each in self.workers.values())]
         last = max(now, self.last_start)
         ends += [last + 3 * window.window for window in self.windows.values()]  # debts of a month
         return min(max(ends), _FOREVER)
@@ -243,9 +215,8 @@ class State:
                 "config": asdict(self.config),
                 "windows": [window.state() for window in self.windows.values()],
                 "workers": {name: astuple(each) for name, each in self.workers.items()},
-                "pause": self.pause.state(),
-                "last": [self.last_start, self.last_bound],
-                "line": [self.virtual, self.joined, self.slice, self.grown],
+                "last": [self.paused_until, self.last_start, self.last_bound],
+                "line": [self.virtual, self.joined, self.grown],
             },
             separators=(",", ":"),
         )
@@ -259,9 +230,8 @@ class State:
         for window, kept in zip(state.windows.values(), data["windows"], strict=True):
             window.restore(kept)
         state.workers = {name: Worker(*each) for name, each in data["workers"].items()}
-        state.pause.restore(data["pause"])
-        state.last_start, state.last_bound = data["last"]
-        state.virtual, state.joined, state.slice, state.grown = data["line"]
+        state.paused_until, state.last_start, state.last_bound = data["last"]
+        state.virtual, state.joined, state.grown = data["line"]
         return state
 
     def _left(self, now: int) -> tuple[int, ...]:
@@ -287,18 +257,24 @@ class State:
                 elif more > 0:
                     window.owe(more, now)
 
+    def heads(self, now: int) -> list[str]:
+        """Return those whose turn is next; who is late leaves the line."""
+        found: list[str] = []
+        for name in self.line()[: AHEAD + 1]:
+            each = self.workers[name]
+            if each.due < now - LATE:
+                each.wait(None, None, 0)
+            else:
+                found.append(name)
+        return found
+
     def call(self, now: int) -> None:
         """Note whose turn it is: as many as there are free slots, or the first that waits for units."""
-        free, share = self.free(), self.share()
-        short = sum(each.is_full for each in self.workers.values())
-        for name in self.line()[: min(AHEAD, max(0, free)) + 1]:
-            each = self.workers[name]
-            is_barred = each.is_full and (free <= 0 or (each.held >= share and short > 1))
-            if each.due < now - LATE or is_barred or each.need is None:
+        free = self.free()
+        for each in map(self.workers.__getitem__, self.heads(now)):
+            if each.need is None or (each.is_full and free <= 0):
                 continue
-            start = (
-                now if each.is_full else self.earliest(each.need, now, each.first_since)[0] - FAR
-            )
+            start = 0 if each.is_full else self.earliest(each.need, now, each.first_since)[0] - FAR
             come = max(now, start)
             if come < each.due - SOON:
                 each.due = come
@@ -310,7 +286,7 @@ class State:
 class Turn:
     """One batch's calls on their way through the state: booked in order, until one has to wait."""
 
-    def __init__(self, state: State, worker: str, now: int, *, gave: bool) -> None:
+    def __init__(self, state: State, worker: str, now: int) -> None:
         self._state, self._worker, self._now = state, worker, now
         self._me = me = state.workers[worker]
         if me.need is not None:
@@ -318,97 +294,58 @@ class Turn:
         else:
             state.joined = max(state.joined + 1, state.virtual)  # in order of arrival
             me.tag = max(me.tag, state.joined)
-        #: Whether it has just given back slots, and may take them back.
-        self._gave = gave
-        #: Who comes before it; how much it may have at a time, and how much (us of work) it got.
-        self._first: str | None = None
+        #: Who comes before it, how many others wait, and how much (us of work) it got.
+        self._first: Worker | None = None
         self._others = 0
-        self._turn, self._work = TURN, 0.0
+        self._work = 0.0
         #: Calls that would start later than this have to ask again.
         self._latest = 0
-        self._rivals = 0
         self.ask_at = self.soonest = 0
 
     def run(self, calls: tuple[Amounts, ...], weight: int) -> tuple[Booking, ...]:
         """Return the answers."""
         state, me = self._state, self._me
-        if calls:
-            self._first = self._before()
+        first = next(iter(state.heads(self._now)), self._worker) if calls else self._worker
+        if first != self._worker and state.workers[first].tag <= me.tag:
+            self._first = state.workers[first]
         self._others = len(state.line()) - (me.need is not None)
-        self._turn = min(TURN, max(SHORT_TURN, ROUND // _US // (self._others + 1) * _US))
-        self._rivals = state.rivals(me)
         answers: list[Booking] = []
-        stop: tuple[Booking, Amounts] | None = None
+        stop: Booking | None = None
         for amounts in calls:
-            exceeded = None if stop else self._exceeded(amounts)
-            if exceeded is not None:
-                answers.append(Booking(Outcome.NEVER, bound_by=exceeded))
-                continue
-            answer = stop[0] if stop else self._answer(amounts)
+            answer = stop or self._answer(amounts)
             answers.append(answer)
-            if answer.outcome is not Outcome.BOOKED:
-                stop = stop or (answer, amounts)
-        self._charge(weight)
-        if stop is None:
-            me.wait(None, 0, None, self._now)
-        else:
-            me.wait(stop[1], weight, stop[0].bound_by, self._now)
-        me.due = self._now
-        state.call(self._now)
-        if stop is not None:
-            self._wait(stop[1])
-        return tuple(answers)
-
-    def _charge(self, weight: int) -> None:
-        state, me = self._state, self._me
+            if answer.outcome is Outcome.LATER and stop is None:
+                stop, need = answer, amounts
         if self._work:
-            me.since = self._now
             weights = sum(each.weight for each in state.workers.values()) - me.weight + weight
             state.virtual = max(state.virtual, me.tag) + math.floor(self._work * 1_000 / weights)
             me.tag += math.floor(self._work * 1_000 / weight)
-            state.slice = math.floor((state.slice * 7 + self._work) / 8)
-
-    def _exceeded(self, amounts: Amounts) -> str | None:
-        for window in self._state.windows.values():
-            if amounts.get(window.limit.resource, 0) > window.amount:
-                return window.limit.resource
-        return None
-
-    def _before(self) -> str | None:
-        """Return who waits before this worker and is not late; who is more than late leaves the line.
-
-        Nobody does who waits for one of the slots that the worker has just given back, and holds as many.
-        """
-        state, me, now, share = self._state, self._me, self._now, self._state.share()
-        for name in state.line()[: AHEAD + 1]:
-            each = state.workers[name]
-            if each is me or each.tag > me.tag:
-                return None
-            if each.due < now - GRACE:
-                each.wait(None, 0, None, now)
-            elif each.due >= now - LATE and not (each.is_full and each.held >= share):
-                has_waited = now >= each.since + each.held * HANDOVER
-                if not self._gave or not each.is_full or each.held < me.held or has_waited:
-                    return name
-        return None
+        me.wait(need if stop else None, stop.bound_by if stop else None, weight if stop else 0)
+        me.due = self._now
+        state.call(self._now)
+        if stop:
+            self._wait(need)
+        return tuple(answers)
 
     def _answer(self, amounts: Amounts) -> Booking:
         """Book a call, or say what it has to wait for."""
         state, now, me = self._state, self._now, self._me
+        for window in state.windows.values():
+            if amounts.get(window.limit.resource, 0) > window.amount:
+                return Booking(Outcome.NEVER, bound_by=window.limit.resource)
         slot = bool(amounts.get(SLOT))
-        if slot and (state.free() <= 0 or (self._rivals and me.held >= state.share())):
-            return Booking(Outcome.FULL, bound_by=SLOT)
         start, bound_by = state.earliest(amounts, now, 0 if self._work else me.first_since)
-        later = Booking(Outcome.LATER, bound_by=bound_by)
+        if slot and state.free() <= 0:
+            return Booking(Outcome.LATER, bound_by=SLOT)
         if self._first is not None:
-            bound_by = bound_by or state.workers[self._first].bound_by
-            return Booking(Outcome.FULL if bound_by == SLOT else Outcome.LATER, bound_by=bound_by)
+            return Booking(Outcome.LATER, bound_by=bound_by or self._first.bound_by)
+        later = Booking(Outcome.LATER, bound_by=bound_by)
         if not self._work:
             if start > now + FAR:
                 self.ask_at = start - FAR
                 return later
-            self._latest = start + self._turn
-        elif start > self._latest or (self._others and self._work * _US >= self._turn):
+            self._latest = start + TURN
+        elif start > self._latest or (self._others and self._work * _US >= TURN):
             self.ask_at = max(now, state.last_start - (FAR if self._others else TURN))
             return later
         state.book(amounts, start, bound_by if start > now else None)
@@ -424,16 +361,11 @@ class Turn:
         elif not me.first_since:
             me.first_since = max(now, state.last_start)
         line = state.line()
-        rank = line.index(self._worker)
-        if me.is_full:
-            self.ask_at = now + max(1, rank) * STEP
-        elif self._first is not None or rank:
-            ahead = state.workers[self._first or line[0]]
-            base = max(now, state.last_start - FAR, now if ahead.is_full else ahead.due)
-            weights = sum(each.weight for each in state.workers.values())
-            shares = (me.tag - state.workers[line[0]].tag) * weights / 1_000
-            self.ask_at = base + math.floor(SPARE * max(rank * state.slice, shares)) * _US
+        if rank := line.index(self._worker):
+            self.ask_at = max(now, state.workers[line[0]].due) + rank * STEP
+        elif me.is_full:
+            self.ask_at = now + STEP
         me.due = self.ask_at
-        self.soonest = max(now, state.last_start, state.pause.until)
+        self.soonest = max(now, state.last_start, state.paused_until)
         if not any(each.held for each in state.workers.values()):  # else they may give all back
             self.soonest, _ = state.earliest(amounts, now, me.first_since)

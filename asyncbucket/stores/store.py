@@ -16,14 +16,10 @@ The line is ordered by virtual time (start-time fair queueing): a worker that co
 the line has reached, and each time it is served its tag moves by the work that it got, divided by the
 number of its callers that wait. So workers share in proportion to their callers, a newcomer is next,
 and nobody is overtaken for ever. Of a worker the store keeps one record: its tag, what its first call
-costs, and when it is due. A turn is 20 to 50 ms of the limit, and costs O(log n).
+costs, and when it is due. A turn is 40 ms of the limit, and costs O(log n).
 
-Who is first is told when its call can be booked, the others when their turn should come. `changed`
-returns when a turn comes sooner. A worker that is more than `LATE` behind its turn is passed over, and
-by more than `GRACE` leaves the line until it comes. Nobody holds more than concurrency / workers slots,
-rounded up, while another waits for one. A worker that gives back slots and has calls waiting takes them
-back at once, unless another holds fewer, or holds as few and has waited for 10 ms for each of them: a
-slot that changes hands costs a round trip.
+Who is first is told when its call can be booked, the others when their turn has come. `changed` returns
+then. A worker that is more than `LATE` behind its turn leaves the line until it comes.
 
 A worker lives for `slot_ttl` after each batch. When it is silent for longer, its place and its
 slots come back; if it comes again, the slots that it holds count again.
@@ -59,9 +55,8 @@ from asyncbucket.engine.wording import in_seconds
 
 #: Nothing is booked that would start later than this many ns from now.
 FAR: Final = 100_000_000
-#: A worker that has not come this many ns after its turn is passed over, and then leaves the line until it comes.
+#: A worker that has not come this many ns after its turn leaves the line until it comes.
 LATE: Final = 20_000_000
-GRACE: Final = 100_000_000
 #: The most units of a limit: a double, as a server's script has it, counts exactly to 128 times that;
 #: the rest is for debts.
 MAX_AMOUNT: Final = 1 << 46
@@ -108,9 +103,7 @@ class Outcome(enum.Enum):
 
     #: Booked in all limits; it may go at `Booking.start`.
     BOOKED = "booked"
-    #: Not booked: no slot was free, or others come first. Await `Ledger.changed`, then ask again.
-    FULL = "full"
-    #: Not booked: its start is beyond the horizon, or farther ahead than `FAR`, or others wait.
+    #: Not booked: no slot is free, its start is farther ahead than `FAR`, or others come first.
     #: Await `Ledger.changed`, and ask again at `Receipt.ask_at` at the latest.
     LATER = "later"
     #: Not booked: it costs more than a limit and can never pass.
@@ -195,9 +188,8 @@ class Batch:
     #: under limits that stay, stays.
     config: LimitConfig | None = None
     #: Let no worker book a start for so many ns; a pause that ends later stays, and starts that were
-    #: already given. ``gradually``: a slow start afterwards, see `asyncbucket.feedback.pause`.
+    #: already given.
     pause: int = 0
-    gradually: bool = False
     corrections: tuple[Correction, ...] = ()
     #: How many slots this worker holds, for calls that were booked earlier and are not over, whether or
     #: not slots are limited; None if unchanged.
@@ -207,6 +199,14 @@ class Batch:
     calls: tuple[Amounts, ...] = ()
     #: How many calls wait in all: the worker's weight in the line.
     waiting: int = 1
+
+    def then(self, later: "Batch") -> "Batch":
+        """Return what must not be lost of both: corrections, the latest limits, and the longest pause."""
+        return Batch(
+            config=later.config or self.config,
+            pause=max(self.pause, later.pause),
+            corrections=self.corrections + later.corrections,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,7 +255,7 @@ class Snapshot:
 
     now: int
     config: LimitConfig
-    #: Reserved starts count as used; while they lie ahead, nothing is available.
+    #: What the windows contain, starts that were booked ahead included.
     limits: tuple[LimitUse, ...]
     #: Slots taken, over all workers; 0 if none are counted.
     slots: int
@@ -325,30 +325,19 @@ class Ledger(abc.ABC):
 
     async def _commit(self, batch: Batch, patience: float) -> Receipt:
         self._held = self._held if batch.held is None else batch.held
-        self._owe(batch)
+        self._owed = self._owed.then(batch)
         async with self._turn:
             receipt: Receipt = await in_time(self._exchange(batch), patience, self.silence)
             self._in_doubt = self._flight = None
         self._held += sum(booking.slot for booking in receipt.bookings)
         return receipt
 
-    def _owe(self, batch: Batch) -> None:
-        """Keep the corrections, the latest limits and the longest pause until they are sent."""
-        before = self._owed
-        longest = max(before, batch, key=lambda each: each.pause)
-        self._owed = Batch(
-            config=batch.config or before.config,
-            pause=longest.pause,
-            gradually=longest.gradually,
-            corrections=before.corrections + batch.corrections,
-        )
-
     async def _exchange(self, batch: Batch) -> Receipt:
         if self._in_doubt is not None:
             receipt = await self._deliver(self._in_doubt)
             answers = zip(self._in_doubt.calls, receipt.bookings, strict=False)
             undone = [Correction.undo(call, each.start) for call, each in answers if each.start]
-            self._owe(Batch(corrections=tuple(undone)))
+            self._owed = self._owed.then(Batch(corrections=tuple(undone)))
             self._in_doubt = self._flight = None
         owed, self._owed = self._owed, Batch()
         self._in_doubt = replace(owed, held=self._held, calls=batch.calls, waiting=batch.waiting)

@@ -33,7 +33,7 @@ RULES = (
 async def use(store: Store, name: str = "place") -> None:
     one, two = [await store.open(name, terms("100/s", concurrency=1)) for _ in range(2)]
     assert outcomes(await one.commit(Batch(calls=(CALL,)))) == ["booked"]
-    assert outcomes(await two.commit(Batch(calls=(CALL,)))) == ["full"]
+    assert outcomes(await two.commit(Batch(calls=(CALL,)))) == ["later"]
     waiting = asyncio.create_task(two.changed(timeout=5))
     await asyncio.sleep(0.1)
     await one.commit(Batch(held=0))

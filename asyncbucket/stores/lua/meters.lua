@@ -1,14 +1,18 @@
--- Window: at most `amount` units in every window. As asyncbucket.engine.meters.Window does it.
+-- Meters: what may pass of one limit. As asyncbucket.engine.meters does it, in microseconds.
 --
--- Entries lie in fields of the hash, numbered from `head` to `tail` - 1, each a date and units. They
--- are read when needed and written at the end: a batch touches few of them.
+-- A meter `m` is what the config says of a limit; `m.w` and `m.b`, its window and its bucket, are what is kept.
+-- A window's entries, each a date and units, are fields of the hash, numbered from `head` to `tail` - 1. The newest
+-- bookings (`recent`, dated `last`) become an entry when a grain has passed: at `closes`.
 --
--- A window that resets by the calendar has `starts`, the starts of some periods by the wall clock, as a worker
--- last told them: it keeps no fields, and `closes` is when its period ends. `opened` is that period's start.
+-- A window that resets by the calendar has no entries, but `starts`: when some periods begin by the wall clock, as
+-- a worker last told. `closes` is when its period ends, `opened` when it began.
 
 local ENTRY = '<dd'
 local LOWS = 511 -- a bucket remembers so many
-local JITTER = 3 -- entries fewer grains apart count as one
+
+local now = 0 -- the server's clock, plus the `offset` by which it has been set back
+local offset = 0
+local gone = {} -- fields that are deleted in the end
 
 local function window_new(began)
   return {
@@ -17,14 +21,27 @@ local function window_new(began)
   }
 end
 
+local function entry(m, i)
+  return struct.unpack(ENTRY, redis.call('HGET', KEYS[1], m.prefix .. i))
+end
+
+local function put(m, i, date, units)
+  redis.call('HSET', KEYS[1], m.prefix .. i, struct.pack(ENTRY, date, units))
+end
+
+local function drop_entries(prefix, w)
+  for i = w.head, w.tail - 1 do
+    gone[#gone + 1] = prefix .. i
+  end
+  w.head = w.tail
+end
+
 -- Other times of resetting: all counts as booked last.
-local function window_set_resets(w, resets, now)
+local function window_set_resets(m, date)
+  local w, resets = m.w, m.resets or ''
   if resets ~= w.resets then
-    for i = w.head, w.tail - 1 do
-      w.gone[#w.gone + 1] = w.prefix .. i
-    end
-    w.resets, w.opened, w.starts = resets, NEVER, {}
-    w.head, w.recent, w.closes = w.tail, w.used, now
+    drop_entries(m.prefix, w)
+    w.resets, w.opened, w.starts, w.recent, w.closes = resets, NEVER, {}, w.used, date
   end
 end
 
@@ -37,180 +54,112 @@ local function window_period(w, wall)
   return n
 end
 
--- Whether the starts say enough about the period that the wall clock shows: two resets before and after it.
-local function window_knows(w, wall)
-  local n = window_period(w, wall)
-  return n > 1 and n < #w.starts - 1
-end
-
 -- When it will have reset so many times, by the wall clock as it is now.
 local function window_resets_at(w, times)
-  local wall = w.closes - w.offset
+  local wall = w.closes - offset
   local n = window_period(w, math.min(wall, w.opened))
   local start = w.starts[n + times] or w.starts[#w.starts] or NEVER
   return w.closes + math.max(0, start - wall)
 end
 
 -- Open the period that the wall clock shows, unless it is one that was opened before.
-local function window_reset(w, now)
-  local wall = now - w.offset
+local function window_reset(m, when)
+  local w, wall = m.w, when - offset
   local n = window_period(w, wall)
   local start, following = w.starts[n], w.starts[n + 1]
   if start and start > w.opened then
-    local owed = math.min(math.max(0, w.used - w.amount), w.amount)
+    local owed = math.min(math.max(0, w.used - m.amount), m.amount)
     w.used = w.starts[n - 1] and w.starts[n - 1] > w.opened and 0 or owed
-    w.recent, w.forgotten = w.used, now - 1
+    w.recent, w.forgotten = w.used, when - 1
   end
   w.opened = start or w.opened
-  w.closes = following and now + following - wall or now
+  w.closes = following and when + following - wall or when
 end
 
-local function window_entry(w, i)
-  local entry = w.cache[i]
-  if not entry then
-    local stop = math.min(i + 15, w.tail - 1)
-    local fields = {}
-    for n = i, stop do
-      fields[#fields + 1] = w.prefix .. n
+local function window_forget(m, when)
+  local w, horizon = m.w, when - m.hold
+  if w.resets ~= '' then
+    if when >= w.closes then
+      window_reset(m, when)
     end
-    local values = redis.call('HMGET', KEYS[1], unpack(fields))
-    for n = i, stop do
-      if not w.cache[n] then
-        local date, units = struct.unpack(ENTRY, values[n - i + 1])
-        w.cache[n] = { date, units }
-      end
-    end
-    entry = w.cache[i]
+    return
   end
-  return entry
+  while w.head < w.tail do
+    local date, units = entry(m, w.head)
+    if date > horizon then
+      break
+    end
+    w.forgotten, w.used = date, w.used - units
+    gone[#gone + 1] = m.prefix .. w.head
+    w.head = w.head + 1
+  end
+  if w.closes > 0 and w.last <= horizon then
+    w.forgotten, w.used, w.recent, w.closes = w.last, w.used - w.recent, 0, 0
+  end
 end
 
--- The first entry dated `when` or later, or `tail`.
-local function window_find(w, when)
+local function window_earliest(m, amount, since)
+  local w = m.w
+  local over = w.used + amount - m.amount
+  if over <= 0 then
+    return since
+  elseif w.resets ~= '' then
+    return math.max(since, window_resets_at(w, over <= m.amount and 1 or 2))
+  end
+  for i = w.head, w.tail - 1 do
+    local date, units = entry(m, i)
+    over = over - units
+    if over <= 0 then
+      return math.max(since, date + m.hold)
+    end
+  end
+  return math.max(since, w.last + m.hold)
+end
+
+local function window_book(m, amount, when)
+  local w = m.w
+  if when >= w.closes then
+    window_forget(m, when)
+    if w.resets == '' then
+      if w.closes > 0 then
+        put(m, w.tail, w.last, w.recent)
+        w.tail, w.recent = w.tail + 1, 0
+      end
+      w.closes = when + m.grain
+    end
+  end
+  w.used, w.recent, w.last = w.used + amount, w.recent + amount, when
+end
+
+-- Give back what was booked at `when`, or, if `amount` is negative, owe more since then.
+local function window_unbook(m, amount, when)
+  local w = m.w
+  if when <= w.forgotten or when > w.last then
+    return
+  end
   local low, high = w.head, w.tail
   while low < high do
     local middle = math.floor((low + high) / 2)
-    if window_entry(w, middle)[1] < when then
+    if entry(m, middle) < when then
       low = middle + 1
     else
       high = middle
     end
   end
-  return low
-end
-
-local function window_forget(w, now)
-  if w.resets ~= '' then
-    if now >= w.closes then
-      window_reset(w, now)
-    end
-    return
-  end
-  local horizon = now - w.hold
-  while w.head < w.tail do
-    local entry = window_entry(w, w.head)
-    if entry[1] > horizon then
-      break
-    end
-    w.forgotten = entry[1]
-    w.used = w.used - entry[2]
-    w.cache[w.head] = nil
-    w.gone[#w.gone + 1] = w.prefix .. w.head
-    w.head = w.head + 1
-  end
-  if w.closes > 0 and w.last <= horizon then
-    w.forgotten = w.last
-    w.used = w.used - w.recent
-    w.recent = 0
-    w.closes = 0
-  end
-end
-
-local function window_earliest(w, amount, since)
-  local over = w.used + amount - w.amount
-  if over <= 0 then
-    return since
-  end
-  if w.resets ~= '' then
-    return math.max(since, window_resets_at(w, over <= w.amount and 1 or 2))
-  end
-  for i = w.head, w.tail - 1 do
-    local entry = window_entry(w, i)
-    over = over - entry[2]
-    if over <= 0 then
-      return math.max(since, entry[1] + w.hold)
-    end
-  end
-  return math.max(since, w.last + w.hold)
-end
-
-local function window_book(w, amount, when)
-  if when >= w.closes then
-    window_forget(w, when)
-    if w.resets == '' then
-      if w.closes > 0 then
-        w.cache[w.tail] = { w.last, w.recent }
-        w.dirty[w.tail] = true
-        w.tail = w.tail + 1
-        w.recent = 0
-      end
-      w.closes = when + w.grain
-    end
-  end
-  w.used = w.used + amount
-  w.recent = w.recent + amount
-  w.last = when
-end
-
-local function window_unbook(w, amount, when)
-  if when <= w.forgotten or when > w.last then
-    return
-  end
-  local back
-  local i = window_find(w, when)
-  if i < w.tail then
-    local entry = window_entry(w, i)
-    back = math.min(amount, entry[2])
-    entry[2] = entry[2] - back
-    w.dirty[i] = true
+  if low < w.tail then
+    local date, units = entry(m, low)
+    amount = math.min(amount, units)
+    put(m, low, date, units - amount)
   else
-    back = math.min(amount, w.recent)
-    w.recent = w.recent - back
+    amount = math.min(amount, w.recent)
+    w.recent = w.recent - amount
   end
-  w.used = w.used - back
+  w.used = w.used - amount
 end
 
--- Owe what was taken at `when`: it counts in an entry of about that date, unless the window has passed that.
-local function window_fill(w, amount, when)
-  if amount <= 0 then
-    return
-  elseif w.resets ~= '' or when > w.last then
-    window_book(w, amount, math.max(when, w.last))
-  elseif when > w.forgotten then
-    local i = window_find(w, when)
-    local following = i < w.tail and window_entry(w, i)[1] or w.last
-    if following - when <= JITTER * w.grain then
-      window_unbook(w, -amount, when)
-      return
-    end
-    for n = w.tail - 1, i, -1 do
-      w.cache[n + 1], w.dirty[n + 1] = window_entry(w, n), true
-    end
-    w.cache[i], w.dirty[i] = { when, amount }, true
-    w.tail, w.used = w.tail + 1, w.used + amount
-  end
-end
-
-local function window_available(w, now)
-  window_forget(w, now)
-  return w.amount - w.used
-end
-
--- Bucket: at most `burst` units at once, refilled steadily. As asyncbucket.engine.meters.Bucket does it.
---
--- Time is counted in ticks, the q-th part of a microsecond: a unit takes p ticks, exactly. An
--- absolute instant in ticks would not fit into a double, so the bucket keeps the `backlog` (ticks
--- until it is full) as it was `at` the microsecond of its last booking.
+-- Bucket: time is counted in ticks, the q-th part of a microsecond; a unit takes p ticks, exactly. An absolute
+-- instant in ticks would not fit into a double, so the bucket keeps the `backlog` (ticks until it is full) as it
+-- was `at` the microsecond of its last booking.
 
 local function bucket_new(began)
   return { at = began, backlog = 0, full_at = began + 1, dates = {}, lows = {} }
@@ -221,114 +170,128 @@ local function bucket_backlog(b, when)
   return b.backlog - (when - b.at) * b.q
 end
 
-local function bucket_earliest(b, amount, since)
-  local over = (amount - b.burst) * b.p
+local function bucket_earliest(m, amount, since)
+  local b, over = m.b, (amount - m.burst) * m.p
   local ticks = bucket_backlog(b, since)
-  if over > 0 and ticks < 0 then -- the rest flows in while the caller is first in line
-    ticks = 0
+  if over > 0 then -- the rest flows in while the caller is first in line
+    ticks = math.max(0, ticks)
   end
-  ticks = ticks + over
-  if ticks <= 0 then
-    return since
-  end
-  return since + math.ceil(ticks / b.q)
+  return since + math.max(0, math.ceil((ticks + over) / b.q))
 end
 
 -- Take `cost` ticks at `shift` ticks before `when`.
 local function bucket_add(b, cost, when, shift)
-  local start = when - math.floor(shift / b.q)
-  local now = bucket_backlog(b, when)
-  local low = now + shift
+  local start, before = when - math.floor(shift / b.q), bucket_backlog(b, when)
+  local low, dates, lows = before + shift, b.dates, b.lows
   b.at = when
   if low <= 0 then
-    b.full_at = start
-    b.backlog = cost - shift
-    b.dates, b.lows = {}, {}
+    b.full_at, b.backlog, b.dates, b.lows = start, cost - shift, {}, {}
     return
   end
-  b.backlog = now + cost
-  local dates, lows = b.dates, b.lows
-  local n = #dates
-  if n > 0 then
-    if dates[n] == start then
-      return -- what was booked first, at the same instant, found the lower backlog
-    end
-    while n > 0 and lows[n] >= low do
-      dates[n], lows[n] = nil, nil
-      n = n - 1
-    end
+  b.backlog = before + cost
+  if dates[#dates] == start then
+    return -- what was booked first, at the same instant, found the lower backlog
   end
-  dates[n + 1], lows[n + 1] = start, low
-  if n + 1 > LOWS then -- neighbours become one: the lower low at the later time
-    local fewer_dates, fewer_lows = {}, {}
-    for i = 1, n, 2 do
-      fewer_dates[#fewer_dates + 1] = dates[i + 1]
-      fewer_lows[#fewer_lows + 1] = lows[i]
+  while #lows > 0 and lows[#lows] >= low do
+    dates[#dates], lows[#lows] = nil, nil
+  end
+  dates[#dates + 1], lows[#lows + 1] = start, low
+  if #lows > LOWS then -- neighbors become one: the lower low at the later time
+    b.dates, b.lows = {}, {}
+    for i = 1, #lows - 1, 2 do
+      b.dates[#b.dates + 1], b.lows[#b.lows + 1] = dates[i + 1], lows[i]
     end
-    b.dates, b.lows = fewer_dates, fewer_lows
   end
 end
 
-local function bucket_book(b, amount, when)
-  local cost = amount * b.p
-  bucket_add(b, cost, when, math.max(0, cost - b.room))
+local function bucket_book(m, amount, when)
+  local cost = amount * m.p
+  bucket_add(m.b, cost, when, math.max(0, cost - m.burst * m.p))
 end
 
-local function bucket_owe(b, amount, when)
-  if bucket_backlog(b, when) + (amount - b.burst) * b.p <= 0 then
-    bucket_book(b, amount, when)
+local function bucket_owe(m, amount, when)
+  if bucket_backlog(m.b, when) + (amount - m.burst) * m.p <= 0 then
+    bucket_book(m, amount, when)
   else
-    bucket_add(b, amount * b.p, when, 0)
+    bucket_add(m.b, amount * m.p, when, 0)
   end
 end
 
 -- Give back at most the lowest backlog since `when`: what flowed into a full bucket is lost.
-local function bucket_unbook(b, amount, when, left)
+local function bucket_unbook(m, amount, when, left)
+  local b, room = m.b, m.burst * m.p
   if b.full_at > when then
     return
   end
-  local dates, lows = b.dates, b.lows
-  local later = 1
+  local dates, lows, later = b.dates, b.lows, 1
   while later <= #dates and dates[later] <= when do
     later = later + 1
   end
   -- A debt found the bucket full just then, or neither full nor empty: it has earned nothing.
-  local as_debt = b.full_at == when or (dates[later - 1] == when and lows[later - 1] ~= b.room)
+  local as_debt = b.full_at == when or (dates[later - 1] == when and lows[later - 1] ~= room)
   -- A part, or something was booked since: what was earned by standing first stays.
-  if not as_debt and (left > 0 or bucket_backlog(b, when) ~= b.room) then
-    amount = math.min(left + amount, b.burst) - math.min(left, b.burst)
+  if not as_debt and (left > 0 or bucket_backlog(b, when) ~= room) then
+    amount = math.min(left + amount, m.burst) - math.min(left, m.burst)
   end
-  local back = amount * b.p
-  if lows[later] then
-    back = math.min(back, lows[later])
-  end
-  local first = later
-  if lows[later] then -- lows from before that are now above a later one are none any more
-    first = 1
-    while first < later and lows[first] < lows[later] - back do
-      first = first + 1
+  local back = math.min(amount * m.p, lows[later] or NEVER)
+  b.dates, b.lows, b.backlog = {}, {}, b.backlog - back
+  for i = 1, #dates do -- lows from before that are now above a later one are none any more
+    if i >= later or not lows[later] or lows[i] < lows[later] - back then
+      b.dates[#b.dates + 1], b.lows[#b.lows + 1] = dates[i], i < later and lows[i] or lows[i] - back
     end
   end
-  local kept_dates, kept_lows = {}, {}
-  for i = 1, #dates do
-    if i < first then
-      kept_dates[#kept_dates + 1], kept_lows[#kept_lows + 1] = dates[i], lows[i]
-    elseif i >= later then
-      kept_dates[#kept_dates + 1], kept_lows[#kept_lows + 1] = dates[i], lows[i] - back
+end
+
+-- Go on at another rate: the units missing at `when` stay missing; older refunds are forgone.
+local function bucket_reshape(b, p, q, when)
+  if b.p and (b.p ~= p or b.q ~= q) then
+    local missing = math.max(0, bucket_backlog(b, when)) / b.p
+    b.backlog = missing > 0 and math.ceil(missing * p) or 0
+    b.at, b.full_at, b.dates, b.lows = when, when, {}, {}
+  end
+  b.p, b.q = p, q
+end
+
+-- What it allows from `since` on.
+local function meter_earliest(m, amount, since)
+  local first = window_earliest(m, amount, since)
+  return m.b and math.max(first, bucket_earliest(m, amount, since)) or first
+end
+
+local function meter_book(m, amount, when)
+  window_book(m, amount, when)
+  if m.b then
+    bucket_book(m, amount, when)
+  end
+end
+
+local function meter_owe(m, amount, when)
+  window_book(m, amount, when)
+  if m.b then
+    bucket_owe(m, amount, when)
+  end
+end
+
+-- Owe what was taken at `when`, by which it fills the limit, but no further.
+local function meter_fill(m, amount, when, date)
+  local w, b = m.w, m.b
+  if b then
+    local room = math.floor((m.burst * m.p - math.max(0, bucket_backlog(b, date))) / m.p)
+    if room > 0 then
+      bucket_owe(m, math.min(amount, room), date)
     end
   end
-  b.dates, b.lows = kept_dates, kept_lows
-  b.backlog = b.backlog - back
+  amount = math.min(amount, m.amount - w.used)
+  if amount > 0 and (w.resets ~= '' or when > w.last) then
+    window_book(m, amount, math.max(when, w.last))
+  elseif amount > 0 then
+    window_unbook(m, -amount, when)
+  end
 end
 
--- Go on at another rate: the units missing at `now` stay missing; older refunds are forgone.
-local function bucket_reshape(b, p, q, now)
-  local missing = math.max(0, bucket_backlog(b, now)) / b.p
-  b.backlog = missing > 0 and math.ceil(missing * p) or 0
-  b.at, b.full_at = now, now
-  b.dates, b.lows = {}, {}
-end
-
-local function bucket_available(b, now)
-  return math.floor((b.room - math.max(0, bucket_backlog(b, now))) / b.p)
+local function meter_unbook(m, amount, when, left)
+  window_unbook(m, amount, when)
+  if m.b then
+    bucket_unbook(m, amount, when, left)
+  end
 end
