@@ -240,7 +240,7 @@ def take_refusal(
     limiter: Limiter,
     *,
     learns: bool = True,
-    in_flight: int | None = None,
+    in_flight: int = 0,
 ) -> None:
     """Pause whoever a refusal concerns, and have the limits learn from it.
 

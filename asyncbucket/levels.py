@@ -323,14 +323,14 @@ def call_accepted(lease: Lease) -> None:
             node.pacer.ring_locked(node, now)
 
 
-def calls_with_room(lease: Lease, limiter: Limiter) -> int | None:
+def calls_with_room(lease: Lease, limiter: Limiter) -> int:
     """Return how many calls are in flight, if the provider's reply to this one shows room for it."""
     node = limiter._node
     with node.pacer:
         now = node.pacer.clock()
         learning: list[Any] = [pair for pair in node.extra if pair[0].learns]
         room = {meter.has_room(lease._amounts.get(name, 0), now) for meter, name in learning}
-    return node.in_flight if True in room and False not in room else None
+    return node.in_flight if True in room and False not in room else 0
 
 
 def call_refused(lease: Lease, limiter: Limiter, resource: str | None) -> None:

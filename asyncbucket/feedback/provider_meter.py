@@ -11,7 +11,7 @@ a limit's `Window`, and learns.
 ``rate``: what a bucket lacks because of us, whoever else is there. A call may pass if the backlog
 with it is at most ``size``. Two facts bound the size, and neither needs a header:
 
-- accepted at a backlog V: the size is at least V, and may grow: by half, up to a tenth of the limit
+- accepted at a backlog V: the size is at least V, and may grow: by a quarter, up to a tenth of the limit
   (a quarter for tokens), while nothing is proven; to the size that is, at once.
 - refused at a backlog V: the size is less than V, and becomes half of it. A larger one is tried
   again after one quiet window, then after two, four and so on.
@@ -71,9 +71,8 @@ _FEW: Final = 2
 _PATIENCE: Final = 64
 #: What a reply said no longer ago than this (ns) is what the refusal says that is looked at.
 _JUST_NOW: Final = 100_000_000
-#: A rate that was lowered must hold for this long (ns), and for so many units, before it is raised.
+#: A rate that was lowered must hold for this long (ns) before it is raised.
 _HOLD: Final = 5_000_000_000
-_HOLD_UNITS: Final = 10
 
 
 class ProviderMeter(Meter):
@@ -96,7 +95,7 @@ class ProviderMeter(Meter):
         told = None if burst == max(1, limit.units // _UNPROVEN) else burst
         self._most = told or limit.units
         #: The most backlog that a call may leave behind.
-        self.size = told or self._start
+        self.size = told or max(1, limit.units * min(_START, self.window) // self.window)
         self._backlog = _Backlog(limit.window)
         self._refused = _Refused()
         #: When the rate was changed last; when the latest report came, and what it said was left.
@@ -145,10 +144,6 @@ class ProviderMeter(Meter):
     # --- what is accepted and what is refused ---
 
     @property
-    def _start(self) -> int:
-        return max(1, self.limit.units * min(_START, self.window) // self.window)
-
-    @property
     def _top(self) -> int:
         """The largest size that may be tried, as long as none was refused."""
         part = _UNPACED if self.limit.burst is None else _UNPROVEN
@@ -177,8 +172,7 @@ class ProviderMeter(Meter):
         if now - self._refused.at > self.window * min(_PATIENCE, 1 << self._refused.waves):
             self._refused = self._refused._replace(size=0)  # try again
         if not self._refused.size:
-            some = fits // (2 if fits < 3 * self._start else 4) + 1
-            grown = self._top if self.proven else fits + some
+            grown = self._top if self.proven else fits + fits // 3 + 1
             self.size = max(self.size, min(grown, self._top))
         if self.rate < self._limit:
             self._try_faster(now)
@@ -187,7 +181,7 @@ class ProviderMeter(Meter):
         """Raise a rate that was lowered, if it has held for long enough."""
         held = now - max(self._refused.at, self._rate_at)
         refused = 0 if held > self.window else self._refused.rate
-        if held > _HOLD and held * self.rate > _HOLD_UNITS * self.window:
+        if held > _HOLD:
             step = (min(refused or self._limit, self.rate * 3 // 2) - self.rate) // 2
             self.rate += step or not refused
             self._rate_at = now
@@ -217,7 +211,8 @@ class ProviderMeter(Meter):
             is_near = self.rate * 4 > self._limit * 3
             kept = _NEAR if is_near else _TAKEN if is_others else _FAR
             rate, self.rate = 0 if is_others else self.rate, max(1, self.rate * kept // 100)
-            self._rate_at, self.size = now, max(1, self.size // 2)
+            self._rate_at = now
+            self.size = max(1, self.size // 2)
         at, waves = (now, last.waves + 1) if is_new_wave else (last.at, last.waves)
         self._refused = _Refused(at, size, rate, waves)
         if is_new_wave and self.kind is None:
@@ -266,16 +261,20 @@ class ProviderMeter(Meter):
         if limit is not None and limit != self.announced:
             self.rate, self.announced = max(1, min(self.rate, limit)), limit
             self._proof.reports.clear()
+        is_news = full_in is not None and self._proof.changes(
+            left, full_in, now, self.announced, rounding
+        )
+        if is_news:
+            self._believed = now, self._proof.heard
+            self.size = min(self.size, self._top)
+        self._remaining.kind = self.kind
         self._remaining.hear(
             *(left, now, self._limit, now if since is None else since),
             proven=self.proven,
+            ours=self._backlog.level(now, self.rate),
             rounding=rounding,
         )
-        if not (full_in and self._proof.changes(left, full_in, now, self.announced, rounding)):
-            return False
-        self._believed, self._remaining.kind = (now, self._proof.heard), self.kind
-        self.size = min(self.size, self._top)
-        return True
+        return is_news
 
     @property
     def belief(self) -> Belief | None:

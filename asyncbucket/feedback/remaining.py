@@ -45,6 +45,8 @@ _SMALL: Final = 5
 _MEMORY: Final = 2
 #: A little always passes, because its replies tell more: 1/20 of the limit per window.
 _LEAST: Final = 20
+#: By how much (ns) a provider may count a call later than we do.
+_LATE: Final = 100_000_000
 #: Where calls are to come evenly, this fraction (1/10) of a window's worth may pass at once.
 _AT_ONCE: Final = 10
 
@@ -65,6 +67,7 @@ class Remaining:
         #: What was left at ``_level_at``, as far as is known; None before the first report.
         self._level: int | None = None
         self._level_at = self._last_report = 0
+        self._proven = 0
         #: By how much less than the limit comes back per window, and what is expected to come back.
         self._missing = 0
         self._growth = limit.units
@@ -86,6 +89,7 @@ class Remaining:
         since: int,
         *,
         proven: int = 0,
+        ours: int = 0,
         rounding: int = 0,
     ) -> None:
         """Correct the expectation by what a reply says.
@@ -96,35 +100,39 @@ class Remaining:
             amount: the limit, the provider's or ours, whichever is lower.
             since: when the call was sent that the reply answers.
             proven: the size of the provider's bucket, or 0.
+            ours: what it lacks because of us.
             rounding: by how many units ``left`` may have been rounded down.
         """
         if amount != self.amount:  # what was expected under the old one no longer counts
             self.amount = amount
             self._ours.reshape(replace(self._ours.limit, amount=amount, burst=amount), now)
-            self._level = None
+            self._level, self._missing = None, 0
         before = self._last_report if self._level is not None else now
         booked_since = sum(units for date, units in self._ours.entries() if date > since)
         back = -(-self.amount * max(0, now - since) // self.window)
         low, high = left - booked_since, min(left + rounding + back, proven or left + self.amount)
+        expected = self._expected_level(now)
+        if expected is None or proven != self._proven:
+            most = (
+                min(proven - ours, left + back - booked_since) - self.amount * _LATE // self.window
+            )
+            expected = self.window * max(low, most if proven else low)
+        self._proven = proven
         self._most_left = proven or min(amount, max(self._most_left, high))
-        self._correct(low, high, now, _NOISE if proven else _SMALL)
+        self._correct(expected, low, high, now, _NOISE if proven else _SMALL)
         if self.others is not None:
             ours = amount - self._ours.available(now)
             taken = max(amount - ours, left) - high  # its limit may be far above ours
             used, uncertainty = -high - self._booked, booked_since + rounding
             self.others.update(used, now, before, taken, uncertainty, at_most=self._missing)
 
-    def _correct(self, low: int, high: int, now: int, small: int) -> None:
+    def _correct(self, expected: int, low: int, high: int, now: int, small: int) -> None:
         """Move the level into the interval that a reply names, and update what is missing."""
         self._reported_left = low
-        expected = self._expected_level(now)
-        if expected is None:
-            self._level, self._missing = low * self.window, 0
-        else:
-            self._level = min(max(expected, low * self.window), high * self.window)
-            since_report = now - self._last_report + self.window // _SMOOTHING
-            shortfall = (expected - self._level) // since_report
-            self._missing = min(self.amount, max(0, self._missing + shortfall))
+        self._level = min(max(expected, low * self.window), high * self.window)
+        since_report = now - self._last_report + self.window // _SMOOTHING
+        shortfall = (expected - self._level) // since_report
+        self._missing = min(self.amount, max(0, self._missing + shortfall))
         if self._most_left * small < self.amount:
             self._missing = 0
         self._level_at = self._last_report = now

@@ -119,7 +119,7 @@ class Exchange:
             self._lease.failed()
             return None
         limiter, learns = self._provider.refusals.limiter, self._provider.headers.learns
-        calls = calls_with_room(self._lease, limiter) if learns else None
+        calls = calls_with_room(self._lease, limiter) if learns else 0
         body = any_json(await _read_ahead(reply, request, io, limiter.now))
         verdict = judge_reply(reply.status_code, body, reply.headers)
         take_refusal(self._lease, verdict, self._noted, limiter, learns=learns, in_flight=calls)

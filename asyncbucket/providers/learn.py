@@ -71,10 +71,11 @@ _COUNT: Final = re.compile(rb"[ \t]*([0-9]{1,12})[ \t]*")
 #: full again.
 _FIRST_PAUSE: Final = 1.0
 _MAX_PAUSE: Final = 120.0
-#: A refusal that names no time counts if there was another among so many replies (a bit each).
-_RUN: Final = 0b111
-#: If headers show room, that refusals are a limit's is believed of no less than this part (1/3).
-_MANY: Final = 3
+#: A refusal that names no time counts if a third of the latest replies are refusals, too: of the last
+#: eight, or, if headers show room for the call, of as many as are in flight. So many are remembered.
+_PART: Final = 3
+_LATEST: Final = 8
+_REMEMBERED: Final = 1_024
 #: What a refusal is: of no rate or an accident, the first of a wave, or a later one of it.
 Effect: TypeAlias = Literal["none", "first", "later"]
 _EXPLANATIONS: Final = {
@@ -304,10 +305,6 @@ class Refusals:
         self._waves = 0
         #: Of the latest replies, which were refusals for rate: one bit each, the latest lowest.
         self._latest = 0
-        #: Refusals since a call last succeeded.
-        self._in_row = 0
-        #: Whether it has to be told of a success.
-        self.is_listening = False
         self._first_at = -math.inf
         #: When the latest wave came, and when its pause ends.
         self._started_at = self._before_at = -math.inf
@@ -325,15 +322,19 @@ class Refusals:
         )
         return found
 
+    @property
+    def is_listening(self) -> bool:
+        """Whether it has to be told of a success."""
+        return bool(self._waves or self._latest)
+
     def succeeded(self, sent_at: float | None = None) -> None:
         """End a series of waves, unless the call was sent before the latest wave came."""
         with self._lock:
-            self._latest, self._in_row = self._latest << 1 & _RUN, 0
+            self._remember(0)
             if self._waves and self._is_over(self.limiter.now(), sent_at):
                 self._waves = 0
             elif self._waves > 1 and sent_at is not None and sent_at > self._before_at:
                 self._waves, self._first_at = 1, self._started_at
-            self.is_listening = bool(self._waves or self._latest)
 
     def lasted(self, *, waves: int) -> float:
         """Return for how long (s) no call has succeeded, if there were more than so many ``waves``."""
@@ -348,12 +349,11 @@ class Refusals:
         return now >= self._paused_until and (sent_at is None or sent_at > self._started_at)
 
     def take_in(
-        self, verdict: Verdict, *, sent_at: float | None = None, in_flight: int | None = None
+        self, verdict: Verdict, *, sent_at: float | None = None, in_flight: int = 0
     ) -> Effect:
         """Pause the limiter if a refusal concerns all; return what one for rate is to the others.
 
-        One that names no time counts only in runs: a limit refuses in runs, an accident alone. If
-        its own headers show that there was room, a run is a good part of all that is in flight.
+        One that names no time counts only in runs: a limit refuses in runs, an accident alone.
 
         During a pause nothing is sent. So a refusal that arrives during one, or of a call that was
         sent before it, belongs to the wave that caused it; it only makes the pause longer if the
@@ -362,18 +362,19 @@ class Refusals:
         Args:
             verdict: what the refusal means.
             sent_at: when the call was sent, in seconds of the limiter's clock, if that is known.
-            in_flight: how many calls are in flight, if headers show room.
+            in_flight: how many calls are in flight, if headers show room for this one.
         """
         if verdict.pause is None:
             self._warn_of_exhausted_account(verdict)
             return "none"
         asked = verdict.retry_after
         with self._lock:
-            is_alone = asked is None and verdict.pause == "429" and not self._is_run(in_flight)
-            self._latest, self.is_listening = (self._latest << 1 | 1) & _RUN, True
-            self._in_row += 1
+            self._remember(1)
+            latest = max(_LATEST, in_flight)
+            refusals = (self._latest & (1 << latest) - 1).bit_count()
+            is_run = asked is not None or verdict.pause != "429" or refusals * _PART >= latest
             now = self.limiter.now()
-            new_wave = self._is_over(now, sent_at) and not is_alone
+            new_wave = self._is_over(now, sent_at) and is_run
             if new_wave:
                 self._waves += 1
                 self._before_at, self._started_at = self._started_at, now
@@ -395,15 +396,12 @@ class Refusals:
         if is_news:
             name, why = self.limiter.name, _EXPLANATIONS[verdict.pause]
             _log.warning("limiter %r pauses for %s: %s", name, in_seconds(seconds), why)
-        if verdict.pause != "429" or is_alone:
+        if verdict.pause != "429" or not is_run:
             return "none"
         return "first" if new_wave else "later"
 
-    def _is_run(self, in_flight: int | None) -> bool:
-        """Tell whether a refusal is one of many."""
-        if in_flight is None:
-            return bool(self._latest)
-        return self._in_row > 0 and _MANY * self._in_row >= in_flight
+    def _remember(self, refusal: int) -> None:
+        self._latest = (self._latest << 1 | refusal) & (1 << _REMEMBERED) - 1
 
     def _warn_of_exhausted_account(self, verdict: Verdict) -> None:
         if verdict.exhausted and not self._warned:

@@ -52,14 +52,14 @@ def test_call_above_the_size_passes_once_the_backlog_is_gone() -> None:
     assert tokens.earliest(5_000, 0, back=1) == 0  # a reply may bring good news
 
 
-def test_size_grows_by_half_while_calls_are_accepted_up_to_a_tenth_of_the_limit() -> None:
+def test_size_grows_by_a_third_while_calls_are_accepted_up_to_a_tenth_of_the_limit() -> None:
     requests, sizes = meter(), list[int]()
-    for now in range(6):
+    for now in range(7):
         passing(requests, now)
         requests.accepted(now, now)
         sizes.append(requests.size)
-    assert sizes == [16, 25, 38, 48, 60, 60]
-    assert not requests.is_moved_by(5)
+    assert sizes == [14, 19, 26, 35, 47, 60, 60]
+    assert not requests.is_moved_by(6)
 
 
 def test_refusal_halves_the_size_and_begins_slowly() -> None:
