@@ -77,20 +77,6 @@ def test_ingestion_pipeline_is_paced(wide: Bench) -> None:
         assert_paced(wide, requests=3)
 
 
-def test_cancelled_agent_run_gives_its_streams_slot_back(wide: Bench) -> None:
-    wide.provider.latency = 0.3
-
-    async def main() -> None:
-        handler = ask(wide.agent())
-        await asyncio.sleep(0.1)
-        assert in_flight(wide.limiter) == 1
-        await handler.cancel_run()
-        await asyncio.sleep(0.1)
-        assert in_flight(wide.limiter) == 0
-
-    wide.time.run(main())
-
-
 async def test_index_build_does_not_deadlock_on_slot_of_the_loop_it_blocks(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -147,8 +133,7 @@ async def under(start: Any) -> Any:
 
 @pytest.mark.parametrize("streaming", [True, False])
 def test_function_agent_calls_inherit_priority_tenant_and_deadline(
-    bench: Bench,
-    streaming: bool,  # noqa: FBT001 - a case
+    bench: Bench, *, streaming: bool
 ) -> None:
     bench.time.run(under(lambda: ask(bench.agent(streaming=streaming))))
     kinds = "chat", "tools", "embeddings", "chat"
@@ -285,10 +270,7 @@ async def test_run_inside_an_agents_scope_belongs_to_that_agent(many: Limiter) -
 
 
 @pytest.mark.parametrize("is_team", [False, True])
-def test_agent_or_team_is_wrapped_with_its_models(
-    bench: Bench,
-    is_team: bool,  # noqa: FBT001 - a case
-) -> None:
+def test_agent_or_team_is_wrapped_with_its_models(bench: Bench, *, is_team: bool) -> None:
     worker: Any = FunctionAgent(tools=[bench.tool], llm=bench.plain_llm, timeout=None)
     whole: Any = AgentWorkflow([worker]) if is_team else worker
     paced: Any = bench.limiter.wrap(whole, kind="weather")
@@ -447,10 +429,7 @@ PLANS: st.SearchStrategy[Any] = st.recursive(
     models=st.booleans(),
 )
 def test_nested_and_cancelled_tools_never_hang_or_leak_slots(
-    plans: list[Any],
-    slots: list[int],
-    cancelled: list[tuple[int, int]],
-    models: bool,  # noqa: FBT001 - a case
+    plans: list[Any], slots: list[int], cancelled: list[tuple[int, int]], *, models: bool
 ) -> None:
     with VirtualTime() as time:
         root = Limiter("1000/s", concurrency=slots[0], clock=time.clock)

@@ -9,11 +9,7 @@ from unittest.mock import Mock
 
 import pytest
 from llama_index.core.base.embeddings.base import BaseEmbedding
-from llama_index.core.base.llms.types import (
-    ChatMessage,
-    ChatResponse,
-    CompletionResponse,
-)
+from llama_index.core.base.llms.types import ChatMessage, ChatResponse, CompletionResponse
 from llama_index.core.embeddings import MockEmbedding
 from llama_index.core.embeddings.mock_embed_model import MockMultiModalEmbedding
 from llama_index.core.llms import LLM, MockLLM
@@ -21,7 +17,8 @@ from llama_index.core.storage.kvstore import SimpleKVStore
 from llama_index.core.tools import FunctionTool
 from llama_index.embeddings.openai import OpenAIEmbedding
 
-from asyncbucket import Limiter
+from asyncbucket import Limiter, events, telemetry
+from asyncbucket.levels import emit
 from asyncbucket.llama_index import DefaultEstimator, Estimate, RateLimitWaitEvent
 from asyncbucket.testing import VirtualTime
 from tests.llama_index.conftest import (
@@ -208,6 +205,30 @@ async def test_wait_event_is_emitted_before_call_starts(
     assert [each.limiter for each in waits] == ["mine", "mine/*"]  # events name no tenant
     second = instrumentation.events[instrumentation.events.index("RateLimitWaitEvent") :]
     assert second[:2] == ["RateLimitWaitEvent", "LLMCompletionStartEvent"]
+
+
+def test_refusals_retries_and_pauses_are_reported_with_numbers(
+    limiter: Limiter, instrumentation: Instrumentation
+) -> None:
+    common: dict[str, Any] = {"limiter": "default", "at": 1.0}
+    refusal: dict[str, Any] = {"reason": "timeout", "bound_by": "tokens", "retry_after": 3.0}
+    retry: dict[str, Any] = {"attempt": 1, "error": "HTTP 429", "delay": 2.0}
+    pause: dict[str, Any] = {"seconds": 2.0, "reason": "429"}
+    waited: dict[str, Any] = {"waited": 1.8, "bound_by": "tokens", "waiting": 0, "in_flight": 1}
+    telemetry.llama_index(limiter)
+    for event in (
+        events.Admitted(**common, cost={}, **waited),  # models report their waits by themselves
+        events.Refused(**common, cost={}, **refusal),
+        events.Retried(**common, **retry),
+        events.Paused(**common, **pause),
+        events.Released(**common, cost={}, held=1.0, outcome="ok"),
+    ):
+        emit(limiter, event)
+    own = {"limiter", *refusal, *retry, *pause}
+    assert [each.model_dump(include=own) for each in instrumentation.objects] == [
+        {"class_name": f"RateLimit{kind}Event", "limiter": "default", **numbers}
+        for kind, numbers in (("Refused", refusal), ("Retry", retry), ("Pause", pause))
+    ]
 
 
 @pytest.mark.parametrize(

@@ -72,14 +72,11 @@ class LazyEmbedding(OpenAIEmbedding):  # type: ignore[misc]  # untyped where it 
         return private["_aclient"]
 
 
-def make_lazy_embedding(**options: Any) -> LazyEmbedding:
-    return LazyEmbedding(api_key="k", **options)
-
-
 @pytest.mark.parametrize(
     "make",
     [
-        *(make_openai, make_responses, make_azure, make_anthropic, make_lazy_embedding),
+        *(make_openai, make_responses, make_azure, make_anthropic),
+        functools.partial(LazyEmbedding, api_key="k"),
         *(make_users_client, make_users_http_client, make_used_client),
         functools.partial(make_openai, reuse_client=False),
     ],

@@ -10,7 +10,6 @@ import pytest
 from llama_index.core.agent.workflow import FunctionAgent
 from llama_index.core.callbacks import CallbackManager
 from llama_index.core.llms import MockLLM
-from llama_index.core.tools import FunctionTool
 from llama_index.embeddings.openai import OpenAIEmbedding
 from llama_index.llms.openai import OpenAI
 
@@ -215,17 +214,3 @@ async def test_model_inside_pays_only_where_the_call_around_it_has_not(
 
     assert [admitted(one), admitted(two)] == paid
     assert (in_flight(one), in_flight(two)) == (0, 0)
-
-
-async def test_tool_of_a_member_gives_up_its_slot_for_a_call_of_the_pool() -> None:
-    member = Limiter("1000 RPM", name="one", concurrency=1)
-    pool = Pool(member)
-    llm = pool.wrap([MockLLM()])
-
-    async def ask(question: str) -> str:
-        return str(await llm.acomplete(question))
-
-    tool: Any = member.child("tools").wrap(FunctionTool.from_defaults(async_fn=ask, name="ask"))
-
-    assert str(await asyncio.wait_for(tool.acall("hi"), 5)) == "hi"
-    assert (admitted(member), in_flight(member)) == (2, 0)

@@ -10,16 +10,11 @@ from llama_index.core.llms import ChatMessage, ChatResponse, MockLLM
 
 from asyncbucket import Limiter
 from asyncbucket.llama_index.estimate import prompt_to_cache
-from asyncbucket.testing import VirtualTime, VirtualTimeLoop
+from asyncbucket.testing import VirtualTime
 from tests.llama_index.conftest import make_anthropic
 
 SHARED, OWN = 20_000, 1_000
 POINT = CachePoint(cache_control=CacheControl(type="ephemeral", ttl="5m"))
-
-
-@pytest.fixture(name="time")
-def time_of_test(virtual_time: VirtualTime) -> VirtualTime:
-    return virtual_time
 
 
 def chat(own: str) -> list[ChatMessage]:
@@ -61,12 +56,6 @@ class Cached(MockLLM):
         return stream()
 
 
-async def all_blocked() -> None:
-    loop = asyncio.get_running_loop()
-    assert isinstance(loop, VirtualTimeLoop)
-    await loop.all_blocked()
-
-
 async def read(llm: Any, own: str, *, stream: bool) -> None:
     if stream:
         async for _ in await llm.astream_chat(chat(own)):
@@ -77,23 +66,23 @@ async def read(llm: Any, own: str, *, stream: bool) -> None:
 
 @pytest.mark.parametrize("stream", [True, False])
 async def test_chat_is_charged_what_is_left_once_a_reply_has_begun(
-    time: VirtualTime, *, stream: bool
+    virtual_time: VirtualTime, *, stream: bool
 ) -> None:
-    limiter = Limiter(itpm=1_000_000, clock=time.clock)
+    limiter = Limiter(itpm=1_000_000, clock=virtual_time.clock)
     llm = limiter.wrap(Cached(max_tokens=None))
     first = asyncio.create_task(read(llm, "a", stream=stream))
     await asyncio.sleep(1.5 if stream else 10.5)
     (use,) = limiter.statistics().limits
     second = asyncio.create_task(read(llm, "b", stream=stream))
-    await all_blocked()
+    await virtual_time.all_blocked()
     assert limiter.statistics().limits[0].used - use.used == pytest.approx(OWN, rel=0.1)
     await asyncio.gather(first, second)
     cache = limiter.statistics().cache
     assert (cache.reads, cache.writes, cache.saved_tokens) == (1, 1, SHARED)
 
 
-async def test_one_chat_leads_and_one_that_breaks_off_hands_over(time: VirtualTime) -> None:
-    limiter = Limiter(itpm=1_000_000, clock=time.clock)
+async def test_one_chat_leads_and_one_that_breaks_off_hands_over(virtual_time: VirtualTime) -> None:
+    limiter = Limiter(itpm=1_000_000, clock=virtual_time.clock)
     llm = limiter.wrap(Cached(max_tokens=None), cache="lead")
     chats = [asyncio.create_task(read(llm, own, stream=True)) for own in "abc"]
     await asyncio.sleep(0.5)
@@ -117,9 +106,3 @@ def test_chat_asks_for_the_cache_by_points_by_arguments_and_by_the_model() -> No
     body = prompt_to_cache(llm, chat("own"), {})
     assert body is not None
     assert body["messages"][0]["content"][1]["cachePoint"]["ttl"] == "5m"
-
-
-def test_other_modes_are_refused() -> None:
-    wrong: Any = "first"
-    with pytest.raises(ValueError, match="cache must be"):
-        Limiter("10 RPM").wrap(MockLLM(), cache=wrong)

@@ -257,7 +257,8 @@ async def test_stream_is_settled_by_its_usage_which_is_seen_only_if_the_user_ask
     of_call: Any,
     of_model: Any,
     sent: Any,
-    is_seen: bool,  # noqa: FBT001 - a case
+    *,
+    is_seen: bool,
 ) -> None:
     limiter = Limiter("100k TPM")
     llm = limiter.wrap(make_openai(additional_kwargs=of_model))

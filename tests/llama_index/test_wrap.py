@@ -32,14 +32,7 @@ from asyncbucket.levels import levels, terms_of
 from asyncbucket.llama_index import DefaultEstimator, limiter_of
 from asyncbucket.llama_index.paced import pacing_of
 from asyncbucket.testing import RateLimitedProvider
-from tests.llama_index.conftest import (
-    KEY,
-    MESSAGES,
-    Person,
-    ScriptedOpenAI,
-    admitted,
-    make_openai,
-)
+from tests.llama_index.conftest import KEY, MESSAGES, Person, ScriptedOpenAI, admitted, make_openai
 
 
 def predict_ada(*_: Any, **__: Any) -> Person:
@@ -153,16 +146,13 @@ def test_paced_object_is_refused_by_sibling_and_unrelated_limiter(thing: Any) ->
         (MockLLM, {}, r"not the class MockLLM: wrap an object, MockLLM\(...\); wrap the llm"),
         (MockLLM(), {"estimator": 5}, r"estimator= takes an object with chat\(\), .*, not 5"),
         (MockLLM(), {"estimator": DefaultEstimator}, r"estimator= takes an object with chat\(\)"),
+        (MockLLM(), {"cache": "first"}, """cache must be "count" or "lead", not 'first'"""),
         (MockLLM(), {"kind": "k"}, "kind= does not apply to MockLLM: kind= is for agents"),
-        (
-            FunctionTool.from_defaults(print),
-            {"retry": 2},
-            "retry= does not apply to FunctionTool",
-        ),
+        (FunctionTool.from_defaults(print), {"retry": 2}, "retry= does not apply to FunctionTool"),
     ],
 )
 def test_what_cannot_be_wrapped_so_is_refused(thing: Any, options: Any, said: str) -> None:
-    with pytest.raises(TypeError, match=said):
+    with pytest.raises((TypeError, ValueError), match=said):
         Limiter("1 RPM").wrap(thing, **options)
 
 
