@@ -127,29 +127,6 @@ async def test_anthropic_sdk_needs_only_another_base_url() -> None:
             await proxy.until(in_flight=0, admitted=3)
 
 
-async def without_end() -> AsyncGenerator[bytes]:
-    yield b"{"
-    await asyncio.Event().wait()
-
-
-@pytest.mark.parametrize(
-    ("path", "body", "in_flight"),
-    [("/hangs", b"{}", 1), ("/endless", b"{}", 1), ("/uploads", without_end(), 0)],
-)
-async def test_caller_that_hangs_up_frees_its_place(
-    upstream: Any, path: str, body: Any, in_flight: int
-) -> None:
-    app, url = upstream
-    async with proxied(url, concurrency=1) as proxy:
-        call = asyncio.ensure_future(proxy.client.post(path, content=body))
-        await until(lambda: app.calls == in_flight)
-        await asyncio.sleep(0.05)
-        call.cancel()
-        await proxy.until(in_flight=0, waiting=0, admitted=in_flight)
-        if in_flight:
-            await asyncio.wait_for(app.is_cut_off.wait(), 5)
-
-
 async def test_caller_that_stalls_gives_its_slot_back(
     upstream: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -214,10 +191,7 @@ async def test_what_cannot_be_understood_never_reaches_the_provider(
 
 @pytest.mark.parametrize(
     ("target", "message"),
-    [
-        (b"*", "not as an HTTP proxy"),
-        (b"/" + b"x" * 65_536, "the path is too long"),
-    ],
+    [(b"*", "not as an HTTP proxy"), (b"/" + b"x" * 65_536, "the path is too long")],
 )
 async def test_path_that_cannot_be_sent_on_is_refused(
     upstream: Any, target: bytes, message: str

@@ -21,6 +21,7 @@ concurrency = "auto"
 upstream = "https://api.openai.com"
 listen = "[::1]:9000"
 tenants_by_key = true
+retries = 2
 """
 
 
@@ -40,9 +41,10 @@ def test_file_says_all_and_typed_options_override_it(tmp_path: Path) -> None:
     }
     assert options.terms == {"concurrency": "auto", "name": "api.openai.com"}
     assert options.addresses == (("::1", 9000), ("127.0.0.1", 4290))
-    assert (options.tenants_by_key, options.key) == (True, None)
-    other = read(tmp_path, FILE, listen="9001", concurrency=5)
+    assert (options.tenants_by_key, options.key, options.retries) == (True, None, 2)
+    other = read(tmp_path, FILE.replace("retries = 2", "retries = 0"), listen="9001", concurrency=5)
     assert (other.addresses[0], other.terms["concurrency"]) == (("127.0.0.1", 9001), 5)
+    assert other.retries == 0
 
 
 def test_without_a_file_or_limits_the_options_suffice() -> None:
@@ -62,6 +64,7 @@ def test_without_a_file_or_limits_the_options_suffice() -> None:
         (FILE.replace("rpm", "rmp"), r"entry 'rmp' of .*proxy.toml, \[asyncbucket\] is not known"),
         (FILE.replace("https:", "ftp:"), "upstream must begin with http:// or https://"),
         (FILE.replace("//api", "//me:secret@api"), "upstream must be .* URL without a key"),
+        (FILE.replace("= 2", '= "2"'), "retries must be a whole number, not '2'"),
         (FILE.replace("= true", '= "yes"'), "tenants_by_key must be true or false, not 'yes'"),
         (FILE + 'key_env = "sk-secret"', "key_env must name an environment variable that holds"),
         (FILE + 'status = "9000"', "listen and status are both at port 9000: change one"),
