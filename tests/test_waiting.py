@@ -1,12 +1,8 @@
 import asyncio
-import os
-import signal
-import threading
 
 import pytest
 
 from asyncbucket import Limiter
-from asyncbucket.engine.seats import Lock
 from asyncbucket.waiting import ASYNC, IO, SYNC, run
 from tests.http.conftest import BLOCKS
 
@@ -42,26 +38,3 @@ def test_blocking_function_that_suspends_is_refused_and_closed() -> None:
     with pytest.raises(RuntimeError, match="wait was to block, but suspended: it must wait by its"):
         run(wait())
     assert closed == [True]
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system does not fork")
-@pytest.mark.filterwarnings("ignore:This process.*is multi-threaded:DeprecationWarning")
-def test_lock_that_was_held_at_a_fork_is_open_in_the_child() -> None:
-    lock, held, done = Lock(), threading.Event(), threading.Event()
-
-    def hold() -> None:
-        with lock:
-            held.set()
-            done.wait()
-
-    holder = threading.Thread(target=hold)
-    holder.start()
-    held.wait()
-    child = os.fork()
-    if not child:
-        signal.alarm(5)
-        with lock:
-            os._exit(0)
-    done.set()
-    holder.join()
-    assert os.waitpid(child, 0)[1] == 0

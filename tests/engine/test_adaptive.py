@@ -70,6 +70,8 @@ def test_reconfigure_switches_between_fixed_and_auto_concurrency() -> None:
     lease.release()
     assert limiter.concurrency == 4
     for bounds, size in (((8, 20), 8), ((1, 20), 8), (7, 7), ((1, 2), 2)):
+        lease = limiter.acquire_nowait()  # which ends on other terms than it began
         limiter.reconfigure(concurrency=bounds)
         assert limiter.concurrency == size
+        lease.release()
     nothing_is_left(limiter)

@@ -111,26 +111,6 @@ def test_wall_clock_that_is_set_back_delays_every_call_alike(way: Way) -> None:
     assert passed == [0.0] * 5 + [1.0] * 5 + [36.0] * 10 + [60.0] * 10
 
 
-async def test_bucket_and_limiter_pass_calls_at_the_same_instants(
-    virtual_time: VirtualTime,
-) -> None:
-    calls = [random.choice([1, 1, 2, 5]) for _ in range(200)]
-    bucket = TokenBucket(7, burst=5, clock=virtual_time.clock)
-    limiter = Limiter("7000 units/1000s burst 5", clock=virtual_time.clock)
-    passed: dict[object, list[float]] = {bucket: [], limiter: []}
-
-    async def by_bucket(amount: int) -> None:
-        await bucket.acquire(amount)
-        passed[bucket].append(virtual_time.now)
-
-    async def by_limiter(amount: int) -> None:
-        (await limiter.acquire(Cost(requests=0, units=amount))).release()
-        passed[limiter].append(virtual_time.now)
-
-    await asyncio.gather(*map(by_bucket, calls), *map(by_limiter, calls))
-    assert passed[limiter] == pytest.approx(passed[bucket], abs=1e-4)
-
-
 def meters(rng: random.Random) -> list[Meter]:
     pause = Pause()
     pause.begin(rng.randrange(5) * SECOND, 0, gradually=True)

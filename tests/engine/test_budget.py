@@ -198,6 +198,10 @@ async def test_further_request_of_a_call_is_paid_for_by_all_budgets_or_by_none()
     assert (inner.spent, outer.spent) == ({"usd": 0.3, "requests": 2}, {"usd": 0.3})
     async with limiter.acquire(usd=0.2) as lease:
         await reserve_more(lease, {"usd": 7}, blocking=False)  # nothing caps it
+    with budget(usd=0.3, on_exceeded=lambda _: 2.0) as raised:
+        async with limiter.acquire(usd=0.2) as lease:
+            await reserve_more(lease, {"usd": 0.2}, blocking=False)
+            assert (raised.reserved["usd"], raised.cap["usd"]) == (0.4, 2.0)
 
 
 async def test_overdrawn_budget_refuses_what_follows_but_what_costs_nothing() -> None:
@@ -440,21 +444,6 @@ async def test_call_refused_while_another_thread_holds_the_lock_gives_its_slot_b
             with pytest.raises(BudgetExceeded):
                 await limiter.acquire(usd=0.6)
             assert limiter.statistics().in_flight == 1
-
-
-async def test_further_requests_of_a_call_are_reserved_at_every_budget() -> None:
-    limiter = Limiter(concurrency=5)
-    with budget(usd=2.00) as outer, budget(usd=1.00) as inner:
-        async with limiter.acquire(usd=0.25) as lease:
-            await reserve_more(lease, {"usd": 0.5}, blocking=False)
-            assert [each.reserved["usd"] for each in (outer, inner)] == [0.75, 0.75]
-            with pytest.raises(BudgetExceeded):
-                await reserve_more(lease, {"usd": 0.5}, blocking=False)
-            assert [each.reserved["usd"] for each in (outer, inner)] == [0.75, 0.75]
-    with budget(usd=1.00, on_exceeded=lambda _: 2.0) as raised:
-        async with limiter.acquire(usd=0.75) as lease:
-            await reserve_more(lease, {"usd": 0.5}, blocking=False)
-            assert (raised.reserved["usd"], raised.cap["usd"]) == (1.25, 2.0)
 
 
 async def test_limits_in_a_store_learn_nothing_of_their_provider(tmp_path: pathlib.Path) -> None:

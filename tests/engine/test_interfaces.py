@@ -39,11 +39,3 @@ async def test_nowait_gives_back_what_an_account_refuses_after_the_admission() -
         lease._take_now()
     assert limiter.statistics().in_flight == 0
     limiter.acquire_nowait().release()
-
-
-def test_call_that_began_while_slots_were_found_ends_when_they_are_fixed() -> None:
-    limiter = Limiter(concurrency="auto")
-    lease = limiter.acquire_nowait()
-    limiter.reconfigure(concurrency=5)
-    lease.release()
-    assert (limiter.concurrency, limiter.statistics().in_flight) == (5, 0)

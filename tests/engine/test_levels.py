@@ -8,14 +8,7 @@ from pathlib import Path
 import pytest
 
 from asyncbucket import Cost, CostExceedsLimit, Limiter, Pool, Price
-from asyncbucket.levels import (
-    counts_at,
-    give_back,
-    in_force,
-    is_under,
-    share_a_level,
-    terms_of,
-)
+from asyncbucket.levels import counts_at, give_back, in_force, is_under, share_a_level, terms_of
 from asyncbucket.testing import VirtualClock, VirtualTime
 from tests.engine.conftest import HELD, nothing_is_left, start, used
 

@@ -68,14 +68,6 @@ async def test_acquisition_never_awaited_causes_warning(time: VirtualTime) -> No
     limiter.acquire()
 
 
-async def test_acquisition_becomes_a_task_by_ensure_future(time: VirtualTime) -> None:
-    limiter = Limiter("1/s", clock=time.clock)
-    await asyncio.gather(asyncio.ensure_future(limiter.acquire()), limiter.acquire())
-    await asyncio.wait_for(limiter.acquire(), 5)
-    assert limiter.statistics().admitted == 3
-    assert time.now == pytest.approx(2 * HELD)
-
-
 async def test_lease_tells_what_it_waited_for_and_held_nothing_meanwhile(time: VirtualTime) -> None:
     limiter = Limiter("1 requests/2s", "100 TPM", concurrency=1, clock=time.clock)
     first = await limiter.acquire()

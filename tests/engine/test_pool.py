@@ -332,11 +332,7 @@ async def test_preference_decides_for_calls_that_waited_too(time: VirtualTime, p
 
 
 @pytest.mark.parametrize(
-    ("prefer", "expected"),
-    [
-        ("first", "aaaaaabbbb"),
-        ("least_used", "abbbabbbab"),
-    ],
+    ("prefer", "expected"), [("first", "aaaaaabbbb"), ("least_used", "abbbabbbab")]
 )
 async def test_preference_decides_among_members_that_could_start_now(
     time: VirtualTime, prefer: Any, expected: str
