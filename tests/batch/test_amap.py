@@ -13,7 +13,6 @@ from asyncbucket import Cost, CostExceedsLimit, Limiter, priority
 from asyncbucket.batch import Item, Results, amap
 from asyncbucket.engine.context import inherited, read_priority
 from asyncbucket.testing import VirtualTime
-from tests.conftest import python
 
 
 class Work:
@@ -244,15 +243,6 @@ async def test_calls_inherit_the_priority_of_the_reader() -> None:
     with priority("batch"):
         (item,) = await gathered(amap(Limiter(concurrency=1), ask, [1]))
     assert item.result == read_priority("batch")
-
-
-def test_missing_extra_is_named_with_its_install_command() -> None:
-    program = (
-        "import sys; sys.modules['rich'] = None\n"
-        "from asyncbucket import Limiter\nLimiter(rpm=1).amap(print, [])"
-    )
-    message = 'ImportError: amap needs anyio and rich: pip install "asyncbucket[batch]"'
-    assert message in python("-c", program).stderr
 
 
 async def test_plain_function_is_refused_with_a_hint_at_threads() -> None:

@@ -7,7 +7,6 @@ from typing import Any, cast
 
 import pytest
 from llama_index.core.llms import MockLLM
-from llama_index.core.tools import FunctionTool
 from pydantic import BaseModel
 
 from asyncbucket import Limiter, Pool
@@ -142,16 +141,6 @@ async def test_paced_and_cost_options_say_who_acquires(options: Any, charged: in
     here = Limiter("1000 RPM", concurrency=1)
     await results(here, acquiring(here)["by_hand"], ["once"], **options)
     assert here.statistics().limits[0].used == charged
-
-
-async def test_batch_inside_a_paced_tool_gets_the_tools_slot() -> None:
-    here = Limiter("1000 RPM", concurrency=1)
-
-    async def summarize(words: str) -> int:
-        return len(await results(here, plain, words.split()))
-
-    tool = here.wrap(FunctionTool.from_defaults(async_fn=summarize))
-    assert (await tool.acall(words="a b")).raw_output == 2
 
 
 @pytest.mark.parametrize("agents", [True, "chat"])

@@ -69,10 +69,7 @@ LOADED_BY_DEMO = [
 
 @pytest.mark.parametrize(
     ("command", "modules", "number"),
-    [
-        ("plan", ["asyncbucket.cli.app"], signal.SIGINT),
-        ("demo", LOADED_BY_DEMO, signal.SIGTERM),
-    ],
+    [("plan", ["asyncbucket.cli.app"], signal.SIGINT), ("demo", LOADED_BY_DEMO, signal.SIGTERM)],
 )
 def test_signal_during_an_import_ends_the_command(
     command: str, modules: list[str], number: int

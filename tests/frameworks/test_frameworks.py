@@ -83,9 +83,7 @@ async def until(condition: Callable[[], bool], *, within: float) -> None:
             await asyncio.sleep(0.2)
 
 
-async def test_many_calls_at_once_are_never_refused_and_use_the_limit(
-    framework: Any,
-) -> None:
+async def test_many_calls_at_once_are_never_refused_and_use_the_limit(framework: Any) -> None:
     provider, limiter = framework.provider, framework.limiter
     await framework.ask(next(PROMPTS))  # some load parts of themselves late
 

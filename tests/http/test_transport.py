@@ -497,13 +497,6 @@ async def test_transports_of_limiters_on_one_path_charge_once(
     assert tuple(limiters[name].statistics().admitted for name in (outer, inner)) == admitted
 
 
-async def test_tool_gives_its_slot_to_the_call_that_it_makes(library: Any) -> None:
-    limiter = Limiter(concurrency=1, timeout=0)
-    async with client_over(library, limiter, answering(library, b"{}")) as client:
-        with await limiter.acquire() as lease, Attempt(limiter, lease, call="search"):
-            assert (await client.post(URL, json=BODY)).status_code == 200
-
-
 def test_tool_is_called_anew_once_it_has_called_something_or_is_done() -> None:
     limiter, tool = Limiter(), object()
     with limiter.acquire_nowait() as lease, Attempt(limiter, lease, call=tool):

@@ -1,5 +1,4 @@
 import contextlib
-import sys
 from typing import Any
 
 import pytest
@@ -98,24 +97,6 @@ def test_watching_one_tree_twice_in_a_registry_is_refused(
     telemetry.prometheus(tree[then], registry=CollectorRegistry())
     off()
     telemetry.prometheus(tree[then], registry=registry)
-
-
-@pytest.mark.parametrize(
-    ("way", "library", "message"),
-    [
-        ("prometheus", "prometheus_client", "prometheus needs prometheus_client: .*prometheus]"),
-        ("opentelemetry", "opentelemetry", "opentelemetry needs opentelemetry: .*otel]"),
-    ],
-)
-def test_missing_library_error_names_its_extra(
-    limiter: Limiter, monkeypatch: pytest.MonkeyPatch, way: str, library: str, message: str
-) -> None:
-    monkeypatch.setitem(sys.modules, library, None)
-    # As if nobody had asked for it yet.
-    monkeypatch.delitem(sys.modules, f"asyncbucket.telemetry.to_{way}", raising=False)
-    monkeypatch.delitem(vars(telemetry), way, raising=False)
-    with pytest.raises(ImportError, match=f'{message}"$'):
-        getattr(telemetry, way)(limiter)
 
 
 def test_unknown_name_of_telemetry_is_an_attribute_error() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from asyncbucket import Limiter, WouldBlock
+from asyncbucket import Limiter
 from asyncbucket.testing import VirtualTime, assert_never_over
 from tests.conftest import python
 
@@ -182,16 +182,6 @@ def test_program_with_the_token_changes_limits_while_it_runs(
         assert (now.concurrency, now.paused) == (9, 0)
         post(server.url, {"limiter": "openai", "pause": 30}, **own)
         assert 29 < limiter.statistics().paused <= 30
-
-
-def test_shadow_ends_by_hand() -> None:
-    limiter = Limiter("1 RPM", name="openai", shadow=True)
-    with limiter.serve_stats(port=0, control=True) as server:
-        own = {"Authorization": f"Bearer {server.token}"}
-        assert post(server.url, {"limiter": "openai", "shadow": False}, **own)[0] == 200
-    limiter.acquire_nowait().release()
-    with pytest.raises(WouldBlock):
-        limiter.acquire_nowait()
 
 
 @pytest.mark.parametrize(

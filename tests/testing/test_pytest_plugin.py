@@ -40,11 +40,7 @@ async def test_on_the_machines_clock():
 
 @pytest.mark.parametrize(
     "options",
-    [
-        ["-o", "asyncio_mode=auto"],
-        ["-o", "asyncio_mode=strict"],
-        ["-p", "no:asyncio"],
-    ],
+    [["-o", "asyncio_mode=auto"], ["-o", "asyncio_mode=strict"], ["-p", "no:asyncio"]],
     ids=["auto", "strict", "anyio"],
 )
 def test_async_test_that_asks_for_virtual_time_runs_on_it(
