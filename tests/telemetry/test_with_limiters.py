@@ -165,9 +165,8 @@ async def test_telemetry_and_errors_reveal_no_secret(
             provider.fail_next(5, status=400)
             with pytest.raises(openai.BadRequestError):
                 await llm.acomplete(prompt)
-            async with own.acquire():
-                with pytest.raises(AcquireTimeout) as caught:
-                    await limiter.acquire(timeout=0.001, tenant=tenant)
+            with own.acquire_nowait(), pytest.raises(AcquireTimeout) as caught:
+                await limiter.acquire(timeout=0.001, tenant=tenant)
             async with httpx.AsyncClient(transport=limiter.transport(retries=0)) as paced:
                 with pytest.raises(httpx.ConnectError):
                     await paced.get(f"http://user:{password}@127.0.0.1:1/{prompt}")
