@@ -85,7 +85,7 @@ def standard_error() -> Console:
     return Console(file=cast("Any", _StandardError()), highlight=False, emoji=False)
 
 
-class Bar:
+class ProgressBar:
     """Show a batch on standard error, in a ``with`` block, as its items are done."""
 
     def __init__(self, limiter: Limiter, total: int | None) -> None:

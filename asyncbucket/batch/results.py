@@ -41,7 +41,7 @@ from anyio.abc import TaskGroup
 
 from asyncbucket.batch.caller import Caller, ItemCostOf, Stopped, layers_of, name_in_code
 from asyncbucket.batch.checkpoint import Checkpoint, Entry
-from asyncbucket.batch.progress import Bar
+from asyncbucket.batch.progress import ProgressBar
 from asyncbucket.engine.limiter import Limiter
 from asyncbucket.engine.wording import read_count
 
@@ -133,7 +133,11 @@ def amap(  # noqa: PLR0913 - each is an option of its own
             f"items is one string, which would be a call for each of its {len(items):,} characters: "
             f"give a list of strings, or the open file if this is its name"
         )
-    bar = Bar(limiter, len(items) if isinstance(items, Sized) else None) if show_progress else None
+    bar = (
+        ProgressBar(limiter, len(items) if isinstance(items, Sized) else None)
+        if show_progress
+        else None
+    )
     is_looked_up = checkpoint is not None and not isinstance(items, AsyncIterable)
     engine: Engine[T, R] = Engine(
         items=aiter(items) if isinstance(items, AsyncIterable) else _async(iter(items)),
@@ -254,7 +258,7 @@ class Engine(Generic[T, R]):
     ordered: bool
     stop_on_error: bool
     checkpoint: Callable[[], Checkpoint] | None
-    bar: Bar | None
+    bar: ProgressBar | None
     failure: Exception | None = None
     #: Places in the window.
     _places: anyio.Semaphore = field(init=False)

@@ -75,7 +75,7 @@ def demo(
     """
     scenario = scenario_of(6.0 if quick else seconds, rpm=rpm)
     limiter = Limiter(scenario.requests, scenario.tokens, concurrency=_CONCURRENCY)
-    runs = [Run(scenario=scenario), Run(scenario=scenario, limiter=limiter)]
+    runs = [Trial(scenario=scenario), Trial(scenario=scenario, limiter=limiter)]
     console = Console(highlight=False)
     with silenced():
         console.print(f"{scenario}\nloading LlamaIndex ...", markup=False)
@@ -125,7 +125,7 @@ def scenario_of(seconds: float = 24.0, *, rpm: int = _RPM) -> Scenario:
 
 
 @dataclass(slots=True, kw_only=True)
-class Run:
+class Trial:
     """What one run has done so far."""
 
     scenario: Scenario
@@ -199,7 +199,7 @@ class Run:
         return Panel(f"{self.name}, {took}", (bar,), facts)
 
 
-def run_once(run: Run, screen: Screen) -> None:
+def run_once(run: Trial, screen: Screen) -> None:
     """Run the agents once, from the provider's start to its end."""
     try:
         with interrupts_blocked():
@@ -209,7 +209,7 @@ def run_once(run: Run, screen: Screen) -> None:
         run.provider.stop()
 
 
-async def _drive(run: Run, screen: Screen) -> None:
+async def _drive(run: Trial, screen: Screen) -> None:
     # What LlamaIndex's workflows leave behind when they are cancelled stays off the screen.
     asyncio.get_running_loop().set_exception_handler(lambda _loop, _context: None)
     ticker = asyncio.create_task(_tick(run, screen))
@@ -229,13 +229,13 @@ async def _drive(run: Run, screen: Screen) -> None:
         ticker.cancel()
 
 
-async def _tick(run: Run, screen: Screen) -> None:
+async def _tick(run: Trial, screen: Screen) -> None:
     while True:
         screen.show([run.panel()])
         await asyncio.sleep(screen.interval(_LINE_INTERVAL))
 
 
-async def _run_job(job: Job, run: Run) -> None:
+async def _run_job(job: Job, run: Trial) -> None:
     try:
         await job()
     except Exception as error:  # noqa: BLE001 - whatever ends an agent is counted and shown
@@ -244,7 +244,7 @@ async def _run_job(job: Job, run: Run) -> None:
         run.failures[name if hasattr(error, "status_code") else f"{name}: {error}"] += 1
 
 
-def _jobs(run: Run, client: httpx.AsyncClient) -> list[Job]:
+def _jobs(run: Trial, client: httpx.AsyncClient) -> list[Job]:
     """Return agents, with the batches spread evenly among them."""
     with interrupts_blocked():
         from llama_index.core.agent.workflow import FunctionAgent
@@ -285,7 +285,7 @@ def _jobs(run: Run, client: httpx.AsyncClient) -> list[Job]:
     return [job for _, job in sorted(jobs, key=lambda each: each[0])]
 
 
-def _show(console: Console, runs: Sequence[Run]) -> None:
+def _show(console: Console, runs: Sequence[Trial]) -> None:
     """Print the table, and what went wrong."""
     shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     shown.add_column()

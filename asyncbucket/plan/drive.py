@@ -56,7 +56,7 @@ class Record:
     #: How long the first in line waited for each resource.
     held_up: dict[str, int] = field(default_factory=dict)
     #: What each of the bounds has admitted.
-    lanes: "list[Lane]" = field(default_factory=list)
+    limiters: "list[SimulatedLimiter]" = field(default_factory=list)
     #: Calls that can never pass.
     refused: list[PlannedCall] = field(default_factory=list)
     #: When the last call ended.
@@ -77,23 +77,23 @@ def run_calls(load: Load, members: Sequence[Bounds]) -> Record:
         load: the calls, in order of their arrival.
         members: what the calls pass: each goes to the member that can start it first.
     """
-    lanes = [Lane(bounds) for bounds in members]
-    record = Record(lanes=lanes)
+    limiters = [SimulatedLimiter(bounds) for bounds in members]
+    record = Record(limiters=limiters)
     now = 0
     for arrived, call in load:
-        able = [lane for lane in lanes if lane.takes(call.amounts)]
+        able = [limiter for limiter in limiters if limiter.takes(call.amounts)]
         if not able:
             record.refused.append(call)
             continue
         since = now = max(now, arrived)  # it is first in line from now on
         while True:
-            for lane in lanes:
-                lane.end_calls(now, record)
-            dues = [lane.admit(call.amounts, since, now, book=False) for lane in able]
+            for limiter in limiters:
+                limiter.end_calls(now, record)
+            dues = [limiter.admit(call.amounts, since, now, book=False) for limiter in able]
             due, bound_by = min(dues, key=itemgetter(0))
             if due <= now:
                 break
-            ends = [lane.running[0] for lane in lanes if lane.running]
+            ends = [limiter.running[0] for limiter in limiters if limiter.running]
             until = min([due, *ends])
             assert bound_by is not None  # as it has to wait
             record.held_up[bound_by] = record.held_up.get(bound_by, 0) + until - now
@@ -101,13 +101,13 @@ def run_calls(load: Load, members: Sequence[Bounds]) -> Record:
         able[dues.index((due, bound_by))].begin(call, since, now)
         record.admitted.append(now)
         record.waited.append(now - arrived)
-        record.peak = max(record.peak, sum(len(lane.running) for lane in lanes))
-    for lane in lanes:
-        lane.end_calls(NEVER, record)
+        record.peak = max(record.peak, sum(len(limiter.running) for limiter in limiters))
+    for limiter in limiters:
+        limiter.end_calls(NEVER, record)
     return record
 
 
-class Lane:
+class SimulatedLimiter:
     """One limiter, or one member of a pool, while the calls run."""
 
     def __init__(self, bounds: Bounds) -> None:
@@ -167,7 +167,7 @@ def make_plan(load: Load, members: Sequence[Bounds]) -> "Plan":
     planned = []
     asks = load.count <= _MAX_WHAT_IF_CALLS
     for place, bounds in enumerate(members):
-        for number, limit in enumerate(_limits(bounds, record, record.lanes[place])):
+        for number, limit in enumerate(_limits(bounds, record, record.limiters[place])):
             doubled = removed = record.seconds if asks else None
             if asks and record.held_up.get(limit.resource):
                 doubled, removed = (
@@ -179,13 +179,13 @@ def make_plan(load: Load, members: Sequence[Bounds]) -> "Plan":
     return Plan(
         duration=record.seconds,
         calls=calls,
-        tokens=sum(lane.used["tokens"] for lane in record.lanes),
+        tokens=sum(limiter.used["tokens"] for limiter in record.limiters),
         usd=load.dollars(),
         waits=_waits(record),
         limits=tuple(planned),
         held_up={resource: spent / held_up for resource, spent in record.held_up.items()},
         peak_in_flight=record.peak,
-        mean_in_flight=sum(lane.busy for lane in record.lanes) / end if end else 0.0,
+        mean_in_flight=sum(limiter.busy for limiter in record.limiters) / end if end else 0.0,
         refused=len(record.refused),
         refusal=refusal,
         timeline=_timeline(record),
@@ -203,17 +203,19 @@ def _refusal(members: Sequence[Bounds], call: PlannedCall) -> str | None:
     return None
 
 
-def _limits(bounds: Bounds, record: Record, lane: Lane) -> Iterator["PlannedLimit"]:
+def _limits(bounds: Bounds, record: Record, limiter: SimulatedLimiter) -> Iterator["PlannedLimit"]:
     """Describe each limit, and the slots as the last one."""
     of = f"{bounds.name}: " if bounds.name else ""
     for limit in bounds.limits:
-        used = lane.used[limit.resource]
-        rate = limit.units / limit.per * lane.admitted / used if used else None
+        used = limiter.used[limit.resource]
+        rate = limit.units / limit.per * limiter.admitted / used if used else None
         part = _part_used(limit, used, record)
         yield PlannedLimit(limit=f"{of}{limit}", resource=limit.resource, used=part, rate=rate)
     if bounds.slots is not None:
-        part = lane.busy / (bounds.slots * record.end) if record.end else 0.0
-        rate = bounds.slots * lane.admitted * NANOSECONDS / lane.busy if lane.busy else None
+        part = limiter.busy / (bounds.slots * record.end) if record.end else 0.0
+        rate = (
+            bounds.slots * limiter.admitted * NANOSECONDS / limiter.busy if limiter.busy else None
+        )
         slots = f"{of}{bounds.slots:,} at once"
         yield PlannedLimit(limit=slots, resource="concurrency", used=part, rate=rate)
 
