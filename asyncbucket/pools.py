@@ -55,11 +55,11 @@ class Member(Account):
     def use(self, now: int) -> float:
         """Return the largest part of any of its limits, or of its slots, that is used."""
         root = self.way.path[-1]
-        parts = [root.in_flight / root.slots]
+        use = root.in_flight / root.slots
         for window in root.limits.values():
-            window.available(now)  # which forgets what is over
-            parts.append(window.used / window.limit.units)
-        return max(parts)
+            window.forget(now)
+            use = max(use, window.used / window.limit.units)
+        return use
 
     def state(self, now: int) -> MemberState:
         """Return whether it is given calls."""
@@ -248,9 +248,10 @@ class PoolLease(Lease):
         home = pool.home_of(self.sticky)
         if home is None and pool.prefer == "first":
             return False
-        lines = waiter.lines
-        able = [each for each in lines if each is here or each.node.pacer.is_next(waiter, now)]
-        best = waiter.line = min(able, key=partial(pool.rank, home, now), default=here)
+        for best in sorted(waiter.lines, key=partial(pool.rank, home, now)):
+            if best is here or best.node.pacer.is_next(waiter, now):
+                break
+        waiter.line = best
         if home is not None and home.way.pacer is not best.node.pacer and not self._until:
             waiter.line = here
             return self._waits_at(home, waiter, now)
@@ -285,7 +286,10 @@ class PoolLease(Lease):
 
 def _has_line(way: Node) -> bool:
     """Tell whether calls of the same limiter wait there."""
-    return any(line.living for line in way.lines.values())
+    for line in way.lines.values():  # `any` of a generator takes three times as long
+        if line.living:
+            return True
+    return False
 
 
 class Pool(Limiter):
