@@ -248,7 +248,8 @@ class PoolLease(Lease):
         home = pool.home_of(self.sticky)
         if home is None and pool.prefer == "first":
             return False
-        for best in sorted(waiter.lines, key=partial(pool.rank, home, now)):
+        able = [each for each in waiter.lines if each is here or not each.node.pacer.refuses(now)]
+        for best in sorted(able, key=partial(pool.rank, home, now)):
             if best is here or best.node.pacer.is_next(waiter, now):
                 break
         waiter.line = best
@@ -286,10 +287,7 @@ class PoolLease(Lease):
 
 def _has_line(way: Node) -> bool:
     """Tell whether calls of the same limiter wait there."""
-    for line in way.lines.values():  # `any` of a generator takes three times as long
-        if line.living:
-            return True
-    return False
+    return True in [line.living > 0 for line in way.lines.values()]  # `any` takes twice the time
 
 
 class Pool(Limiter):

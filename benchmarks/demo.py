@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from rich.console import Console
 
 from asyncbucket import Limiter
-from asyncbucket.cli.demo import Run, run_once, scenario_of
+from asyncbucket.cli.demo import Trial, run_once, scenario_of
 from asyncbucket.cli.ui import Panel, Screen
 from benchmarks.plot import OURS, pages
 from benchmarks.report import machine_line
@@ -26,7 +26,7 @@ CONCURRENCY: Final = 60
 class Recorder(Screen):
     """Record a run ten times a second instead of showing it."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Trial) -> None:
         super().__init__(Console(quiet=True))
         self.run = run
         #: Seconds since the start, agents finished, and requests refused so far.
@@ -43,8 +43,8 @@ class Recorder(Screen):
 
 
 def record(limiter: Limiter | None) -> Recorder:
-    """Run the agents once."""
-    recorder = Recorder(Run(scenario=scenario_of(), limiter=limiter))
+    """Trial the agents once."""
+    recorder = Recorder(Trial(scenario=scenario_of(), limiter=limiter))
     run_once(recorder.run, recorder)
     recorder.show([])
     return recorder
@@ -92,7 +92,7 @@ def _label(axes: Axes, seconds: float, count: float, text: str, color: str) -> N
 
 
 def main() -> None:
-    """Run both, draw them, and print their figures."""
+    """Trial both, draw them, and print their figures."""
     logging.disable()  # LlamaIndex reports each of its retries
     scenario = scenario_of()
     limiter = Limiter(scenario.requests, scenario.tokens, concurrency=CONCURRENCY)

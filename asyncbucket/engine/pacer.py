@@ -446,6 +446,10 @@ class Pacer:
                 return due
         return now
 
+    def refuses(self, now: int) -> bool:
+        """Tell whether it has refused the first of a line until later than ``now``."""
+        return self.refused is not None and now < self.due
+
     def refuses_still(self, seat: Seat, now: int) -> bool:
         """Tell whether the first costs the same as the one that was refused until later than ``now``."""
         if self.refused is None or now >= self.due:
@@ -520,7 +524,7 @@ class Pacer:
 
     def is_next(self, waiter: AnyWaiter, now: int) -> bool:
         """Tell whether a call that stands in several lines may pass now in this tree."""
-        if self.place is not None or (self.refused is not None and now < self.due):
+        if self.place is not None or self.refuses(now):
             return False
         if self.top.head(now)[0] is not waiter:
             return False

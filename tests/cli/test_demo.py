@@ -11,7 +11,7 @@ from rich.console import Console
 
 from asyncbucket import Limiter
 from asyncbucket.cli import demo
-from asyncbucket.cli.demo import CALLS_PER_AGENT, Run, scenario_of
+from asyncbucket.cli.demo import CALLS_PER_AGENT, Trial, scenario_of
 from tests.conftest import python
 
 
@@ -33,7 +33,7 @@ def test_scenario_says_what_runs_under_which_limits() -> None:
 
 def test_table_shows_both_runs_and_what_failed() -> None:
     scenario, console = scenario_of(2.0), Console(width=90)
-    storm, calm = Run(scenario=scenario), Run(scenario=scenario, limiter=Limiter())
+    storm, calm = Trial(scenario=scenario), Trial(scenario=scenario, limiter=Limiter())
     storm.provider.enforcer._refused["requests"] = 60
     calm.started_ns, calm.ended_ns = 1, 1_900_000_001
     storm.failures["RateLimitError"] = 7
