@@ -43,7 +43,7 @@ class Recorder(Screen):
 
 
 def record(limiter: Limiter | None) -> Recorder:
-    """Trial the agents once."""
+    """Run the agents once."""
     recorder = Recorder(Trial(scenario=scenario_of(), limiter=limiter))
     run_once(recorder.run, recorder)
     recorder.show([])
@@ -92,7 +92,7 @@ def _label(axes: Axes, seconds: float, count: float, text: str, color: str) -> N
 
 
 def main() -> None:
-    """Trial both, draw them, and print their figures."""
+    """Run both, draw them, and print their figures."""
     logging.disable()  # LlamaIndex reports each of its retries
     scenario = scenario_of()
     limiter = Limiter(scenario.requests, scenario.tokens, concurrency=CONCURRENCY)
