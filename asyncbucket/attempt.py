@@ -135,7 +135,7 @@ class Attempt:
         if prompt is None:
             await (lease if io is ASYNC else io.admit(lease))
         else:
-            await prompt.admit(lease, limiter, io)
+            await prompt.admit(lease, io)
         self._lease = weakref.ref(lease)
         sent.at = limiter.now()
         if isinstance(lease, PoolLease) and isinstance(limiter, Pool):

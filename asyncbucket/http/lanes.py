@@ -29,7 +29,6 @@ from asyncbucket.providers.prefixes import (
     Prefixes,
     Prompt,
     conversation_of,
-    prompt_of,
 )
 from asyncbucket.providers.prices import Price, priced
 from asyncbucket.providers.profiles import Call, Profile, charge, profile_named, profile_of
@@ -170,10 +169,11 @@ class Lanes:
         prompt, conversation = None, None
         asks = content is not None and (MARKS[0] in content or MARKS[1] in content)
         is_long = cost is not None and cost.get("input_tokens", 0) >= LEAST
-        if lane.prefixes is not None and is_long and (asks or profile.caches_unasked):
-            prompt = prompt_of(call, profile, lane.prefixes, self.cache)
-        elif lane.prefixes is None and is_long:
-            conversation = conversation_of(call)
+        if (table := lane.prefixes) is None:
+            conversation = conversation_of(call) if is_long else None
+        elif is_long and call.asked.writes and (asks or profile.caches_unasked):
+            site, leads = f"{host} {call.model}", self.cache == "lead"
+            prompt = Prompt(table, profile, site, call.body, limits.by_way, leads=leads)
         price: Price | None = None
         if limits.counts(USD):
             cost, price = priced(lane.limiter, call, cost)

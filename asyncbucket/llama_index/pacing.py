@@ -63,7 +63,7 @@ from asyncbucket.llama_index.estimate import (
 from asyncbucket.llama_index.events import report_wait
 from asyncbucket.pools import Pool
 from asyncbucket.providers.errors import never_sent, was_refused
-from asyncbucket.providers.prefixes import CacheMode, Prefixes, Prompt, cuts_of, read_mode
+from asyncbucket.providers.prefixes import CacheMode, Prefixes, Prompt, read_mode
 from asyncbucket.providers.prices import added_tokens, model_of, price_of, within_limits
 from asyncbucket.providers.profiles import GENERIC
 from asyncbucket.providers.usage import Usage
@@ -368,7 +368,8 @@ class Pacing:
         """Return what is sent by a chat that asks the provider to cache some of it."""
         site = f"{type(call.model).__name__} {model_of(call.model, call.kwargs)}"
         table, leads = Prefixes.of(self.limiter), self.cache == "lead"
-        return Prompt(table, self.profile, site, cuts_of(body, site), leads=leads)
+        limits = in_force(effective_limiter(self.limiter)).by_way
+        return Prompt(table, self.profile, site, body, limits, leads=leads)
 
     def _amounts(self, call: ModelCall, estimate: Estimate) -> dict[str, float]:
         """Return what to reserve; a guess of the output must not make a call impossible."""

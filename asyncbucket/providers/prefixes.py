@@ -33,9 +33,10 @@ import marshal
 import math
 import os
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeAlias
 
 from asyncbucket.engine.limiter import Limiter
@@ -43,9 +44,7 @@ from asyncbucket.engine.seats import Lock
 from asyncbucket.levels import (
     amounts_of,
     count_cached,
-    effective_limiter,
     excess_of,
-    in_force,
     provider_of,
     reprice,
 )
@@ -83,7 +82,9 @@ _ORDER: Final = (
     *("system_instruction", "messages", "contents", "input", "prompt"),
 )
 _TURNS: Final = ("messages", "contents", "input")
-#: What shows in the bytes of a body that it asks to cache.
+#: What asks to cache; what is no part of how a message begins; and what shows that a body asks.
+_ASKS: Final = ("cache_control", "cachePoint")
+_BESIDE: Final = ("content", "parts", "cache_control")
 MARKS: Final = (b'"cache_control"', b'"cachePoint"')
 #: What a prompt counts as.
 _COUNTED: Final = ("input_tokens", "tokens")
@@ -95,7 +96,7 @@ class Cut(NamedTuple):
     """Where a prompt may be cached up to."""
 
     digest: int
-    #: Bytes up to here.
+    #: Characters up to here.
     size: int
     #: For how long (s) the request asks to cache it; 0 if it does not.
     ttl: float
@@ -173,83 +174,65 @@ class _Site:
         self.relying.clear()
 
 
-class _Hasher:
-    """Hash a body, and note where it may be cut.
+def cuts_of(body: Mapping[str, Any], site: str) -> list[Cut]:
+    """Return where a prompt may be cached up to.
 
     Python's own hash is keyed, takes a fifth of what SHA-256 does, and has 64 bits: enough, since
     nobody gains by a collision, whose price is one wrong estimate.
     """
-
-    def __init__(self, site: str) -> None:
-        self._digest = hash((_SECRET, site))
-        self._size = 0
-        self.cuts: list[Cut] = []
-
-    def read(self, body: Mapping[str, Any]) -> list[Cut]:
-        """Return the cuts of ``body``."""
-        for name in _ORDER:
-            if name not in body:
-                continue
-            value = body[name]
-            if isinstance(value, dict):  # Bedrock's tools, Gemini's system
-                value = value.get("tools") or value.get("parts")
-            if value:
-                for item in value if isinstance(value, list) else [value]:
-                    self._add(item)
-                self._cut(0.0)
-        self._cut(_ttl_of(body))
-        return self.cuts
-
-    def _add(self, item: Any) -> None:
-        """Add a message, a tool or a block of text."""
-        content = (item.get("content") or item.get("parts")) if isinstance(item, dict) else None
-        if content:
-            self._add_message(item, content if isinstance(content, list) else [content], content)
-            return
-        ttl = _ttl_of(item)
-        if not ttl or "cachePoint" not in item:
-            self._update(_dumps(_plain(item)))
-        if ttl:
-            self._cut(ttl)
-
-    def _add_message(self, item: Mapping[str, Any], blocks: list[Any], content: Any) -> None:
-        """Add a message; what is marked within it is a cut as if the message ended there."""
-        rest = [
-            part for part in item.items() if part[1] is not content and part[0] != "cache_control"
-        ]
-        before: list[Any] = []
-        ttl = 0.0
-        for block in blocks:
-            if ttl:
-                self._cut_within(_dumps((rest, before)), ttl)
-            ttl = _ttl_of(block)
-            if not ttl or "cachePoint" not in block:
-                before.append(_plain(block))
-        self._update(_dumps((rest, before)))
-        self._cut(ttl or _ttl_of(item))
-
-    def _update(self, data: bytes) -> None:
-        self._digest = hash((self._digest, data))
-        self._size += len(data)
-
-    def _cut(self, ttl: float) -> None:
-        if not self.cuts or self.cuts[-1].size != self._size:
-            self.cuts.append(Cut(self._digest, self._size, ttl))
+    digest, size = hash((_SECRET, site)), 0
+    cuts: list[Cut] = []
+    for head, piece, ttl in _pieces(body):
+        if piece:
+            data = piece if isinstance(piece, str) else _dumps(piece)
+            digest, size = hash((digest, head, data)), size + len(data)
+        if ttl is None:
+            continue
+        if not cuts or cuts[-1].size != size:
+            cuts.append(Cut(digest, size, ttl))
         elif ttl:
-            self.cuts[-1] = self.cuts[-1]._replace(ttl=ttl)
+            cuts[-1] = cuts[-1]._replace(ttl=ttl)
+    return cuts
 
-    def _cut_within(self, data: bytes, ttl: float) -> None:
-        self.cuts.append(Cut(hash((self._digest, data)), self._size + len(data), ttl))
+
+def _pieces(body: Mapping[str, Any]) -> Iterator[tuple[str | bytes, Any, float | None]]:
+    """Yield the pieces of a body in the order in which they are cached: whose it is, and what.
+
+    Where the body may be cut, the third is for how long (s) it asks to cache what comes before, or 0.
+    """
+    for name in _ORDER:
+        items = body.get(name)
+        if isinstance(items, dict):  # Bedrock's tools, Gemini's system
+            items = items.get("tools") or items.get("parts")
+        if not items:
+            continue
+        for item in items if isinstance(items, list) else (items,):
+            content = (item.get("content") or item.get("parts")) if isinstance(item, dict) else None
+            head, blocks = _head_of(item) if content else "", content or item
+            for block in blocks if isinstance(blocks, list) else (blocks,):
+                yield head, _plain(block), _ttl_of(block) or None
+            if content:
+                yield "", None, _ttl_of(item)
+        yield "", None, 0.0
+    yield "", None, _ttl_of(body)
+
+
+def _head_of(message: Mapping[str, Any]) -> str | bytes:
+    """Return the role of a message, and whatever else it has beside its content."""
+    if len(message) == 2 and isinstance(message.get("role"), str):  # noqa: PLR2004
+        return message["role"]  # type: ignore[no-any-return]
+    rest = [part for part in message.items() if part[0] not in _BESIDE]
+    return rest[0][1] if len(rest) == 1 and isinstance(rest[0][1], str) else _dumps(rest)
 
 
 def _plain(block: Any) -> Any:
     """Return a block without what asks to cache it; a text, which may also stand by itself, as such."""
     if not isinstance(block, dict):
         return block
-    if "cache_control" in block:
-        block = {name: part for name, part in block.items() if name != "cache_control"}
-    is_text = len(block) == 2 and block.get("type") == "text" and "text" in block  # noqa: PLR2004
-    return block["text"] if is_text else block
+    if "cache_control" in block or "cachePoint" in block:
+        block = {name: part for name, part in block.items() if name not in _ASKS}
+    is_text = len(block) == 2 and block.get("type") == "text"  # noqa: PLR2004
+    return block.get("text") if is_text else block
 
 
 def _ttl_of(holder: Any) -> float:
@@ -274,21 +257,25 @@ class Prompt:
         table: the prefixes that are known.
         profile: how the provider counts.
         site: whose cache it is, and for which model.
-        cuts: where it may be cached up to, in order.
+        body: the request.
+        limits: the units of each limit that it meets, on each way.
         leads: whether one of the calls with the same cold prefix goes first.
     """
 
     def __init__(
-        self, table: "Prefixes", profile: Profile, site: str, cuts: list[Cut], *, leads: bool
+        self,
+        table: "Prefixes",
+        profile: Profile,
+        site: str,
+        body: Mapping[str, Any],
+        limits: list[list[tuple[str, int]]],
+        *,
+        leads: bool,
     ) -> None:
-        self.profile, self.site, self.cuts = profile, site, cuts
-        #: Where the request asks to cache; or else everywhere, if the provider does so by itself.
-        self.wanted = [cut for cut in cuts if cut.ttl] or cuts
-        self.asks = self.wanted[-1].ttl > 0
-        self.leads, self._table = leads, table
-        #: What it costs if nothing is read, the limits that it meets, and its lease as it waits.
+        self.profile, self.site, self.leads, self._table = profile, site, leads, table
+        self._body, self._limits = body, limits
+        #: What it costs if nothing is read, and its lease as it waits.
         self._cold: Mapping[str, int] = {}
-        self._limits: list[list[tuple[str, int]]] = []
         self._lease: Lease | None = None
         #: How many tokens it is not charged, and what reprices it when that expires.
         self._free = 0
@@ -299,14 +286,29 @@ class Prompt:
         #: What others wait for if it leads.
         self.leading: Future[bool] | None = None
 
+    @cached_property
+    def cuts(self) -> list[Cut]:
+        """Where it may be cached up to, in order; not worked out for a site that caches nothing."""
+        return cuts_of(self._body, self.site)
+
+    @cached_property
+    def wanted(self) -> list[Cut]:
+        """Where the request asks to cache; or else everywhere, if the provider does so by itself."""
+        return [cut for cut in self.cuts if cut.ttl] or self.cuts
+
+    @property
+    def asks(self) -> bool:
+        """Whether the request asks to cache it."""
+        return self.wanted[-1].ttl > 0
+
     @property
     def tokens(self) -> int:
         """The tokens of the whole prompt, as estimated."""
         return self._cold.get("input_tokens", 0)
 
     def tokens_at(self, cut: Cut) -> int:
-        """Return the tokens up to ``cut``, by its share of the bytes."""
-        return self.tokens * cut.size // self.cuts[-1].size
+        """Return the tokens up to ``cut``, by its share of the characters."""
+        return self.tokens * cut.size // max(1, self.cuts[-1].size)
 
     @property
     def may_be_free(self) -> bool:
@@ -314,15 +316,15 @@ class Prompt:
         reserves = self.profile.reserves_cached
         return self.asks if reserves is None else not reserves
 
-    async def admit(self, lease: Any, limiter: Limiter, io: IO) -> None:
-        """Wait for the admission of ``lease`` by ``limiter``; it costs what is left of the prompt.
+    async def admit(self, lease: Any, io: IO) -> None:
+        """Wait for the admission of ``lease``, which costs what is left of the prompt.
 
         Raises:
             Exception: as for `Limiter.acquire`.
         """
         cost = amounts_of(lease)
         self._cold = {name: cost.get(name, 0) for name in _COUNTED}
-        self._limits, self._free = in_force(effective_limiter(limiter)).by_way, 0
+        self._free = 0
         try:
             if self.leads:
                 await self._follow(io)
@@ -428,6 +430,8 @@ class Prefixes:
         """Return how many tokens of ``prompt`` will be read and not be counted, and until when."""
         now = self.now()
         prompt.longest = prompt.believed = None
+        if prompt.site not in self._sites:
+            return 0, math.inf
         for cut in reversed(prompt.cuts):
             entry = self._entries.get(cut.digest)
             if entry is None or not entry.tokens or now >= entry.until:
@@ -569,11 +573,6 @@ class Prefixes:
                     del self._leaders[cut.digest]
 
 
-def cuts_of(body: Mapping[str, Any], site: str) -> list[Cut]:
-    """Return where a prompt may be cached up to."""
-    return _Hasher(site).read(body)
-
-
 def conversation_of(call: Call) -> str | None:
     """Return what the calls of one conversation share: the hash of what is sent up to the user's first turn.
 
@@ -587,13 +586,6 @@ def conversation_of(call: Call) -> str | None:
                 cuts = cuts_of({**call.body, name: turns[:number]}, f"{call.host} {call.model}")
                 return f"{cuts[-1].digest:x}"
     return None
-
-
-def prompt_of(call: Call, profile: Profile, table: Prefixes, mode: CacheMode) -> Prompt | None:
-    """Return what an HTTP request sends; None if no model reads it."""
-    site = f"{call.host} {call.model}"
-    cuts = cuts_of(call.body, site) if call.asked.writes else None
-    return Prompt(table, profile, site, cuts, leads=mode == "lead") if cuts else None
 
 
 def read_mode(mode: object) -> CacheMode:

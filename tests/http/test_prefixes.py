@@ -13,8 +13,8 @@ import httpx
 import pytest
 
 from asyncbucket import CostExceedsLimit, Limiter, events
-from asyncbucket.providers.prefixes import MOST, PATIENCE, Prefixes, prompt_of
-from asyncbucket.providers.profiles import ANTHROPIC, Call
+from asyncbucket.providers.prefixes import MOST, PATIENCE, Prefixes, Prompt
+from asyncbucket.providers.profiles import ANTHROPIC
 from asyncbucket.providers.usage import Usage
 from asyncbucket.testing import VirtualClock, VirtualTime, VirtualTimeLoop
 from asyncbucket.waiting import SYNC, SyncIO, run
@@ -348,11 +348,9 @@ def test_ten_thousand_conversations_take_bounded_memory_and_no_text_is_kept(
     def converse(number: int, turn: int) -> None:
         content = [{"type": "text", "text": f"secret {number} {turn}", **MARK}]
         body = {"model": "claude", "messages": [{"role": "user", "content": content}]}
-        call = Call("POST", "api.anthropic.com", "/v1/messages", body)
-        sent = prompt_of(call, ANTHROPIC, table, "count")
-        assert sent is not None
+        sent = Prompt(table, ANTHROPIC, "claude", body, [], leads=False)
         lease: Any = limiter.acquire(input_tokens=20)
-        run(sent.admit(lease, limiter, SYNC))
+        run(sent.admit(lease, SYNC))
         sent.replied(usage, lease, sent_at=limiter.now())
         lease.release()
 
