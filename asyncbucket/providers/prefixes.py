@@ -108,11 +108,14 @@ class _Entry:
 
     #: How many tokens of it are read; 0 if the provider has not cached it.
     tokens: int
-    #: When it was written as far as is known, and when the latest reply told of it, in seconds of the
-    #: limiter's clock; and until when the provider says that it keeps it.
-    since: float
+    #: When the latest reply told of it, in seconds of the limiter's clock; and until when the provider
+    #: says that it keeps it.
     at: float
     until: float
+
+    def is_read_by(self, read: float) -> bool:
+        """Tell whether a call that has ``read`` so many tokens has read it; providers round down."""
+        return read >= self.tokens * _SLACK - _BLOCK
 
 
 class _Site:
@@ -123,19 +126,14 @@ class _Site:
     """
 
     def __init__(self) -> None:
-        #: For how long (s) entries last after their latest use, and in all; and for how long some did.
-        self.unused = self.old = math.inf
-        self.seen_unused = self.seen_old = 0.0
+        #: For how long (s) entries last after their latest use; and for how long some did.
+        self.unused, self.seen_unused = math.inf, 0.0
         #: How many calls may rely on it at once, those that do, and those in line that would.
         self.credit = 1
         self.relying: weakref.WeakSet[Prompt] = weakref.WeakSet()
         self.doubting: dict[Prompt, None] = {}
         #: Whether the limits count what is read, as replies show.
         self.counts = False
-
-    def until(self, entry: _Entry) -> float:
-        """Return until when ``entry`` is probably kept."""
-        return min(entry.until, entry.at + self.unused, entry.since + self.old)
 
     def lets_rely(self, prompt: "Prompt", unused: float) -> bool:
         """Tell whether ``prompt`` may be charged as warm, by an entry that nobody used for so long (s)."""
@@ -150,26 +148,16 @@ class _Site:
         self.doubting.pop(prompt, None)
         return True
 
-    def hit(self, entry: _Entry, sent_at: float) -> None:
-        """Note that a call that was sent at ``sent_at`` has read ``entry``."""
-        self.seen_unused = max(self.seen_unused, sent_at - entry.at)
-        self.seen_old = max(self.seen_old, sent_at - entry.since)
+    def hit(self, unused: float = 0.0) -> None:
+        """Let more calls rely on it: one has read an entry that nobody used for so long (s)."""
+        self.seen_unused = max(self.seen_unused, unused)
         self.unused = max(self.unused, self.seen_unused)
-        if self.seen_old > self.old:  # an entry in use grows older all the time
-            self.old = 2 * self.seen_old
-        self.confirmed()
-
-    def confirmed(self) -> None:
-        """Let more calls rely on it: one has read."""
         self.credit = min(self.credit + 2, _TRUSTED)
 
-    def missed(self, entry: _Entry, sent_at: float) -> None:
-        """Note that a call was to read ``entry`` and did not: it was unused for too long, or too old."""
-        unused, old = sent_at - entry.at, sent_at - entry.since
+    def missed(self, unused: float) -> None:
+        """Begin anew: a call was to read an entry, which nobody used for so long (s), and did not."""
         if unused > self.seen_unused:
             self.unused = min(self.unused, max(self.seen_unused, unused / 2))
-        elif old > self.seen_old:
-            self.old = min(self.old, max(self.seen_old, old / 2))
         self.credit = 1
         self.relying.clear()
 
@@ -437,7 +425,7 @@ class Prefixes:
             if entry is None or not entry.tokens or now >= entry.until:
                 continue
             site, prompt.longest = self._sites[prompt.site], prompt.longest or entry
-            until = site.until(entry)
+            until = min(entry.until, entry.at + site.unused)
             if now < until:
                 if not site.lets_rely(prompt, now - entry.at):
                     break
@@ -460,12 +448,11 @@ class Prefixes:
                 before, tokens = self._entries.get(cut.digest), cached.get(cut, 0)
                 if not tokens and (not cut.ttl if before is None else before.at > sent_at):
                     continue  # the reply says nothing of it
-                was, since, until = 0, now, sent_at + (cut.ttl or _TTL)
+                was, until = 0, sent_at + (cut.ttl or _TTL)
                 if before is not None and now < before.until:
                     was, until = before.tokens, max(until, before.until)
-                    since = before.since if was * _SLACK - _BLOCK <= read * scale else now
                 self._entries.pop(cut.digest, None)
-                self._entries[cut.digest] = _Entry(tokens, since, now, until)
+                self._entries[cut.digest] = _Entry(tokens, now, until)
                 if tokens != was:
                     changed.append(cut.digest)
             while len(self._entries) > MOST:
@@ -479,14 +466,14 @@ class Prefixes:
         """Compare what was known of a prompt with what was ``read`` of it; return whether it was true."""
         site = self._sites.get(prompt.site) or self._sites.setdefault(prompt.site, _Site())
         site.counts = prompt.profile.reserves_cached is None and usage.cached_tokens > 0
-        entry = prompt.longest
-        if entry is not None and read >= entry.tokens * _SLACK - _BLOCK:
-            site.hit(entry, sent_at)
-            return True
-        if entry is None and read:  # it left before that was known
-            site.confirmed()
-        if (entry := prompt.believed) is not None and read < entry.tokens * _SLACK - _BLOCK:
-            site.missed(entry, sent_at)
+        longest, believed = prompt.longest, prompt.believed
+        if longest is None:
+            if read:  # it left before that was known
+                site.hit()
+        elif longest.is_read_by(read):
+            site.hit(sent_at - longest.at)
+        elif believed is not None and not believed.is_read_by(read):
+            site.missed(sent_at - believed.at)
             return False
         return True
 
