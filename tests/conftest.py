@@ -130,14 +130,18 @@ def untraced() -> Generator[None]:
             os.environ["COVERAGE_PROCESS_CONFIG"] = in_processes
 
 
+#: Fixtures that are on virtual time, and `run` a test there.
+ON_VIRTUAL_TIME = {"time", "virtual_time", "memory", "bench", "stage"}
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_pycollect_makeitem(
     collector: pytest.Module | pytest.Class, name: str, obj: object
 ) -> list[pytest.Function] | None:
-    """Run an async test that takes ``virtual_time`` (in the core, ``time``, at stores, ``memory``) on it."""
+    """Run an async test that takes ``virtual_time``, or something of a folder that is on it, there."""
     if not (name.startswith("test_") and inspect.iscoroutinefunction(obj)):
         return None
-    taken = {"time", "virtual_time", "memory"} & inspect.signature(obj).parameters.keys()
+    taken = ON_VIRTUAL_TIME & inspect.signature(obj).parameters.keys()
     if not taken:
         return None
     test = _run_on_virtual_time(obj, taken.pop())

@@ -172,15 +172,10 @@ def test_error_of_caller_or_limiter_is_not_retried(stage: Stage, error: Exceptio
     assert (stage.times, hasattr(error, "__notes__")) == ([0], False)
 
 
-def test_no_attempt_begins_after_the_deadline(stage: Stage) -> None:
+async def test_no_attempt_begins_after_the_deadline(stage: Stage) -> None:
     error = status_error(503, retry_after="20")
-
-    async def main() -> None:
-        with deadline(30):
-            await stage.retrier().call(as_async(stage.script(error)))
-
-    with pytest.raises(openai.APIStatusError):
-        stage.run(main())
+    with pytest.raises(openai.APIStatusError), deadline(30):
+        await stage.retrier().call(as_async(stage.script(error)))
     assert stage.times == [0, 20]
     assert "gave up: the next attempt is due in 20 s, the deadline in 10 s" in error.__notes__[0]
 
@@ -218,7 +213,7 @@ def test_reply_of_a_retried_call_is_dropped_without_the_collector(stage: Stage) 
         gc.enable()
 
 
-def test_slot_that_a_failed_attempt_dropped_is_free_for_the_next(stage: Stage) -> None:
+async def test_slot_that_a_failed_attempt_dropped_is_free_for_the_next(stage: Stage) -> None:
     limiter = Limiter(concurrency=1)
 
     async def attempt(_: Attempt) -> None:
@@ -227,7 +222,7 @@ def test_slot_that_a_failed_attempt_dropped_is_free_for_the_next(stage: Stage) -
         if len(stage.times) < 3:
             raise status_error(500)
 
-    stage.run(stage.retrier().call(attempt))
+    await stage.retrier().call(attempt)
     assert len(stage.times) == 3
 
 
@@ -238,7 +233,7 @@ def test_retries_obey_staminas_testing_mode(stage: Stage) -> None:
 
 
 @pytest.mark.parametrize("seconds", [0.5, 1.2])
-def test_cancellation_is_never_retried(stage: Stage, seconds: float) -> None:
+async def test_cancellation_is_never_retried(stage: Stage, seconds: float) -> None:
     """Neither of an attempt nor of a back-off."""
 
     async def attempt(_: Attempt) -> None:
@@ -246,16 +241,15 @@ def test_cancellation_is_never_retried(stage: Stage, seconds: float) -> None:
         await asyncio.sleep(1)
         raise status_error(500)
 
-    async def main() -> None:
+    with pytest.raises(TimeoutError):
         async with asyncio.timeout(seconds):
             await stage.retrier().call(attempt)
-
-    with pytest.raises(TimeoutError):
-        stage.run(main())
     assert (stage.times, stage.time.now) == ([0.0], seconds)
 
 
-def test_refused_retry_raises_provider_error_and_holds_no_slot_meanwhile(stage: Stage) -> None:
+async def test_refused_retry_raises_provider_error_and_holds_no_slot_meanwhile(
+    stage: Stage,
+) -> None:
     first = status_error(503)
 
     async def attempt(_: Attempt) -> None:
@@ -263,14 +257,11 @@ def test_refused_retry_raises_provider_error_and_holds_no_slot_meanwhile(stage: 
             stage.limiter.pause(60)
             raise first
 
-    async def main() -> None:
-        retried = asyncio.ensure_future(stage.retrier(chance=1.0).call(attempt))
-        await asyncio.sleep(0.5)
-        assert stage.limiter.statistics().in_flight == 0
-        await retried
-
+    retried = asyncio.ensure_future(stage.retrier(chance=1.0).call(attempt))
+    await asyncio.sleep(0.5)
+    assert stage.limiter.statistics().in_flight == 0
     with pytest.raises(openai.APIStatusError) as caught:
-        stage.run(main())
+        await retried
     assert caught.value is first
     (note,) = first.__notes__
     assert note.startswith(
@@ -280,7 +271,7 @@ def test_refused_retry_raises_provider_error_and_holds_no_slot_meanwhile(stage: 
 
 
 @pytest.mark.parametrize(("attempts", "times"), [(3, [0, 1, 2, 3, 4]), (1, [0])])
-def test_429_that_another_call_met_first_is_no_attempt(
+async def test_429_that_another_call_met_first_is_no_attempt(
     stage: Stage, attempts: int, times: list[float]
 ) -> None:
     """The other call meets the first two waves first."""
@@ -293,17 +284,14 @@ def test_429_that_another_call_met_first_is_no_attempt(
         stage.times.append(stage.time.now)
         await attempt(tried)
 
-    async def main() -> None:
-        other = stage.retrier(Retry(attempts=2)).call(attempt)
-        ours = stage.retrier(Retry(attempts=attempts)).call(counted)
-        await asyncio.gather(other, ours, return_exceptions=True)
-
-    stage.run(main())
+    other = stage.retrier(Retry(attempts=2)).call(attempt)
+    ours = stage.retrier(Retry(attempts=attempts)).call(counted)
+    await asyncio.gather(other, ours, return_exceptions=True)
     assert stage.times == times
 
 
 @pytest.mark.parametrize(("share", "calls", "attempts"), [(1.0, 300, 400), (0.2, 1_500, 1_875)])
-def test_retry_budget_covers_random_errors_but_an_outage_only_by_a_tenth(
+async def test_retry_budget_covers_random_errors_but_an_outage_only_by_a_tenth(
     stage: Stage, share: float, calls: int, attempts: int
 ) -> None:
     tried: list[int] = []
@@ -317,21 +305,18 @@ def test_retry_budget_covers_random_errors_but_an_outage_only_by_a_tenth(
             raise status_error(500)
         return "reply"
 
-    async def main() -> list[str | BaseException]:
-        replies: list[str | BaseException] = []
-        for _ in range(10):
-            made = (retrier.call(attempt) for _ in range(calls // 10))
-            replies += await asyncio.gather(*made, return_exceptions=True)
-        return replies
-
-    failed = [reply for reply in stage.run(main()) if isinstance(reply, openai.APIStatusError)]
+    replies: list[str | BaseException] = []
+    for _ in range(10):
+        made = (retrier.call(attempt) for _ in range(calls // 10))
+        replies += await asyncio.gather(*made, return_exceptions=True)
+    failed = [reply for reply in replies if isinstance(reply, openai.APIStatusError)]
     notes = {note for error in failed for note in error.__notes__}
     assert len(tried) == pytest.approx(attempts, rel=0.05 if share < 1 else 0)
     assert len(failed) == (calls if share == 1 else 0)
     assert any("gave up: the retry budget is spent" in note for note in notes) is (share == 1)
 
 
-def test_429s_spend_no_budget_and_fail_calls_after_max_wait_not_all_attempts(stage: Stage) -> None:
+async def test_429s_spend_no_budget_and_fail_calls_after_max_wait(stage: Stage) -> None:
     """Sixty calls would else make 300 attempts, one after each pause of two minutes: ten hours."""
     retrier = stage.retrier(Retry(budget=0))
     failed: dict[float, openai.APIStatusError] = {}
@@ -345,10 +330,7 @@ def test_429s_spend_no_budget_and_fail_calls_after_max_wait_not_all_attempts(sta
             await retrier.call(paced)
         failed[stage.time.now] = caught.value
 
-    async def main() -> None:
-        await asyncio.gather(*(call(stage.script(status_error(429))) for _ in range(60)))
-
-    stage.run(main())
+    await asyncio.gather(*(call(stage.script(status_error(429))) for _ in range(60)))
     assert list(failed) == [127 + 120 * n for n in range(60)]
     assert failed[127].__notes__ == [
         "asyncbucket: tried once in 127.0 s; gave up: the provider has refused every call for 127 s"
@@ -388,7 +370,9 @@ def test_retries_print_nothing_where_no_log_is_set_up() -> None:
 @pytest.mark.parametrize(
     ("attempts", "times"), [(1, [0]), (2, [0, 0, 0]), (4, [0, 0, 0, pytest.approx(2)])]
 )
-def test_call_may_try_each_member_at_once(stage: Stage, attempts: int, times: list[float]) -> None:
+async def test_call_may_try_each_member_at_once(
+    stage: Stage, attempts: int, times: list[float]
+) -> None:
     """When all are out, the policy says when to go on."""
     members = [Limiter(name=f"m{number}", clock=stage.time.clock) for number in range(3)]
     pool, asked = Pool(*members), list[str]()
@@ -402,7 +386,7 @@ def test_call_may_try_each_member_at_once(stage: Stage, attempts: int, times: li
         raise httpx.ConnectError("refused")
 
     with pytest.raises(httpx.ConnectError) as caught:
-        stage.run(Retrier(Retry(attempts=attempts), pool, chance=lambda: 0).call(attempt))
+        await Retrier(Retry(attempts=attempts), pool, chance=lambda: 0).call(attempt)
     assert stage.times == times
     assert len({*asked}) == min(3, len(asked))
     note = caught.value.__notes__[-1]

@@ -71,9 +71,7 @@ LOADED_BY_DEMO = [
     ("command", "modules", "number"),
     [("plan", ["asyncbucket.cli.app"], signal.SIGINT), ("demo", LOADED_BY_DEMO, signal.SIGTERM)],
 )
-def test_signal_during_an_import_ends_the_command(
-    command: str, modules: list[str], number: int
-) -> None:
+def test_signal_during_import_ends_command(command: str, modules: list[str], number: int) -> None:
     program = f"""
 import contextlib, signal, sys, types
 from asyncbucket.cli import main

@@ -278,9 +278,7 @@ def test_block_without_a_call_warns_once_unless_it_fails() -> None:
 
 
 @pytest.mark.parametrize("settled", [False, True])
-async def test_block_whose_calls_name_no_cost_warns_once(
-    time: VirtualTime, *, settled: bool
-) -> None:
+async def test_block_of_calls_without_cost_warns_once(time: VirtualTime, *, settled: bool) -> None:
     _warn_of_unnamed_cost.cache_clear()
     limiter = Limiter("60 RPM", clock=time.clock)
     warned = pytest.warns(RuntimeWarning, match=r"budget of usd has .* any: .* acquire\(usd=")

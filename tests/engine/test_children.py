@@ -126,9 +126,7 @@ def test_child_is_made_once(time: VirtualTime) -> None:
 
 
 @pytest.mark.parametrize("by", ["units", "debt"])
-async def test_costly_call_stops_being_next_once_its_own_limit_holds_it_up(
-    time: VirtualTime, by: str
-) -> None:
+async def test_costly_call_held_up_by_its_own_limit_is_not_next(time: VirtualTime, by: str) -> None:
     """The cheap one behind it passes as soon as the level above has room."""
     model = Limiter(clock=time.clock).child("model", Limit("tokens", 300, burst=60))
     tenant = model.child("tenant", tpm=40)

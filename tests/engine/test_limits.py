@@ -181,9 +181,7 @@ MISSPELLED = {
 
 
 @pytest.mark.parametrize(("likely", "misspelled"), MISSPELLED.items())
-def test_limit_of_misspelled_resource_is_refused_with_likely_one(
-    likely: str, misspelled: str
-) -> None:
+def test_misspelled_resource_is_refused_with_likely_one(likely: str, misspelled: str) -> None:
     for written in misspelled.split():
         with pytest.raises(LimitSyntaxError, match=f"did you mean {likely}\\?$"):
             Limiter(f"500 {written}/min")

@@ -109,9 +109,7 @@ def test_invalid_reconfigure_changes_nothing(time: VirtualTime) -> None:
 
 @pytest.mark.parametrize("how", ["reconfigure", "learn"])
 @pytest.mark.parametrize("pause", [0, 1])
-def test_call_from_before_limit_was_set_gives_it_nothing_back(
-    time: VirtualTime, how: str, pause: int
-) -> None:
+def test_earlier_call_gives_new_limit_nothing_back(time: VirtualTime, how: str, pause: int) -> None:
     key = Limiter(clock=time.clock)
     early = key.child("child").acquire_nowait(tokens=40)
     time.advance(pause)

@@ -63,75 +63,59 @@ async def connected() -> AsyncGenerator[Any]:
             yield session
 
 
-def test_tools_are_paced_by_server_and_tool(weather: Limiter, virtual_time: VirtualTime) -> None:
+async def test_tools_are_paced_by_server_and_tool(
+    weather: Limiter, virtual_time: VirtualTime
+) -> None:
     forecast = weather.children["forecast"]
-
-    async def main() -> None:
-        async with connected() as inner:
-            session = weather.wrap(inner)
-            assert isinstance(session, mcp.ClientSession)
-            calls = [session.call_tool("forecast", {"city": "Rome"}) for _ in range(5)]
-            calls.append(session.call_tool(name="alerts", arguments={"city": "Rome"}))
-            replies = await asyncio.gather(*calls)
-            texts = {reply.content[0].text for reply in replies}
-            assert texts == {"Sun in Rome.", "None for Rome."}
-            assert len((await session.list_tools()).tools) == 2
-            _ = await inner.call_tool("alerts", {"city": "Rome"})  # stays unpaced
-
-    virtual_time.run(main())
-
+    async with connected() as inner:
+        session = weather.wrap(inner)
+        assert isinstance(session, mcp.ClientSession)
+        calls = [session.call_tool("forecast", {"city": "Rome"}) for _ in range(5)]
+        calls.append(session.call_tool(name="alerts", arguments={"city": "Rome"}))
+        replies = await asyncio.gather(*calls)
+        texts = {reply.content[0].text for reply in replies}
+        assert texts == {"Sun in Rome.", "None for Rome."}
+        assert len((await session.list_tools()).tools) == 2
+        _ = await inner.call_tool("alerts", {"city": "Rome"})  # stays unpaced
     assert virtual_time.now == 3.0  # two at once
     assert (forecast.statistics().admitted, weather.statistics().admitted) == (5, 6)
     assert weather.statistics().in_flight == 0
 
 
-def test_cancelled_and_failed_tools_give_their_slots_back(
+async def test_cancelled_and_failed_tools_free_slots(
     weather: Limiter, virtual_time: VirtualTime
 ) -> None:
-    async def main() -> None:
-        async with connected() as inner:
-            session = weather.wrap(inner)
-            asks = (session.call_tool("forecast", {"city": "Rome"}) for _ in range(4))
-            calls = [asyncio.ensure_future(ask) for ask in asks]
-            await asyncio.sleep(0.5)
-            assert weather.statistics().in_flight == 2
-            for call in calls:
-                call.cancel()
-            _ = await asyncio.gather(*calls, return_exceptions=True)
-            assert weather.statistics().in_flight == weather.statistics().waiting == 0
-            assert (await session.call_tool("forecast", {})).content  # an error, told in a reply
-
-    virtual_time.run(main())
-
-    assert weather.statistics().in_flight == 0
+    async with connected() as inner:
+        session = weather.wrap(inner)
+        asks = (session.call_tool("forecast", {"city": "Rome"}) for _ in range(4))
+        calls = [asyncio.ensure_future(ask) for ask in asks]
+        await asyncio.sleep(0.5)
+        assert weather.statistics().in_flight == 2
+        for call in calls:
+            call.cancel()
+        _ = await asyncio.gather(*calls, return_exceptions=True)
+        assert weather.statistics().in_flight == weather.statistics().waiting == 0
+        assert (await session.call_tool("forecast", {})).content  # an error, told in a reply
+    assert (weather.statistics().in_flight, virtual_time.now) == (0, 0.5)
 
 
 @with_client
-def test_client_is_wrapped_before_or_after_it_connects(
-    weather: Limiter, virtual_time: VirtualTime
-) -> None:
-    async def main() -> None:
-        async with weather.wrap(mcp.Client(make_server())) as client:
-            _ = await client.call_tool("alerts", {"city": "Rome"})
-        async with mcp.Client(make_server()) as client:
-            _ = await weather.wrap(client).call_tool("alerts", {"city": "Rome"})
-
-    virtual_time.run(main())
-
+async def test_client_is_wrapped_before_or_after_it_connects(weather: Limiter) -> None:
+    async with weather.wrap(mcp.Client(make_server())) as client:
+        _ = await client.call_tool("alerts", {"city": "Rome"})
+    async with mcp.Client(make_server()) as client:
+        _ = await weather.wrap(client).call_tool("alerts", {"city": "Rome"})
     assert weather.statistics().admitted == 2
 
 
-def test_session_waits_in_one_line_only(weather: Limiter, virtual_time: VirtualTime) -> None:
-    async def main() -> None:
-        async with connected() as inner:
-            session = weather.wrap(inner)
-            assert weather.wrap(session) is session
-            with pytest.raises(ValueError, match=r"is paced by .*'weather'.* already"):
-                _ = pace(session, rpm=60)
-            with pytest.raises(TypeError, match=r"^retry= is for LlamaIndex's models and agents"):
-                weather.wrap(inner, retry=3)
-
-    virtual_time.run(main())
+async def test_session_waits_in_one_line_only(weather: Limiter) -> None:
+    async with connected() as inner:
+        session = weather.wrap(inner)
+        assert weather.wrap(session) is session
+        with pytest.raises(ValueError, match=r"is paced by .*'weather'.* already"):
+            _ = pace(session, rpm=60)
+        with pytest.raises(TypeError, match=r"^retry= is for LlamaIndex's models and agents"):
+            weather.wrap(inner, retry=3)
 
 
 @with_client

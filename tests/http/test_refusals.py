@@ -147,9 +147,7 @@ def test_accidents_though_headers_show_room_pause_nobody_unless_they_are_a_good_
     assert limiter.statistics().paused == 1
 
 
-def test_series_of_waves_ends_if_a_call_between_two_succeeds(
-    limiter: Limiter, clock: VirtualClock
-) -> None:
+def test_success_between_two_waves_ends_their_series(limiter: Limiter, clock: VirtualClock) -> None:
     refusals = Refusals.of(limiter)
     have_two_accidents(refusals)
     take_in(refusals, sent_at=0)

@@ -238,6 +238,7 @@ class Bench:
 
     def __init__(self, time: VirtualTime, provider: RateLimitedProvider, limiter: Limiter) -> None:
         self.time, self.provider, self.limiter = time, provider, limiter
+        self.run = time.run
         #: The limiters that admitted calls, and what the calls inherited.
         self.seen: list[tuple[str, Inherited | None]] = []
         options: dict[str, Any] = {

@@ -89,7 +89,7 @@ async def test_index_build_does_not_deadlock_on_slot_of_the_loop_it_blocks(
     assert "a call passed without a slot" in caplog.text
 
 
-def test_mixed_load_at_the_limits_gets_no_429(virtual_time: VirtualTime) -> None:
+async def test_mixed_load_at_the_limits_gets_no_429(virtual_time: VirtualTime) -> None:
     limits: Any = {"rpm": 90, "tpm": 30_000, "concurrency": 8, "clock": virtual_time.clock}
     provider = RateLimitedProvider(**limits, latency=(0.1, 0.5), policy="sliding_window")
     bench = Bench(virtual_time, provider, Limiter(**limits))
@@ -101,14 +101,11 @@ def test_mixed_load_at_the_limits_gets_no_429(virtual_time: VirtualTime) -> None
     async def chat(n: int) -> str:
         return str(await bench.llm.acomplete(f"call {n}", max_tokens=50))
 
-    async def main() -> list[Any]:
-        return await asyncio.gather(
-            *(each(n) for n in range(30) for each in (stream, chat)),
-            *(ask(bench.agent(timeout=None)) for _ in range(15)),
-            bench.embed_model.aget_text_embedding_batch([f"text {n}" for n in range(20)]),
-        )
-
-    replies = virtual_time.run(main())
+    replies: list[Any] = await asyncio.gather(
+        *(each(n) for n in range(30) for each in (stream, chat)),
+        *(ask(bench.agent(timeout=None)) for _ in range(15)),
+        bench.embed_model.aget_text_embedding_batch([f"text {n}" for n in range(20)]),
+    )
     assert replies[:60] == [f"You said: call {n}" for n in range(30) for _ in range(2)]
     seen = provider.statistics()
     assert (seen.refused_429, seen.errors) == ({}, 0)
@@ -132,10 +129,10 @@ async def under(start: Any) -> Any:
 
 
 @pytest.mark.parametrize("streaming", [True, False])
-def test_function_agent_calls_inherit_priority_tenant_and_deadline(
+async def test_agent_calls_inherit_priority_tenant_deadline(
     bench: Bench, *, streaming: bool
 ) -> None:
-    bench.time.run(under(lambda: ask(bench.agent(streaming=streaming))))
+    await under(lambda: ask(bench.agent(streaming=streaming)))
     kinds = "chat", "tools", "embeddings", "chat"
     assert [name for name, _ in bench.seen] == [f"openai/{kind}/*" for kind in kinds]
     assert {terms for _, terms in bench.seen} == {GIVEN}
@@ -145,15 +142,12 @@ def test_function_agent_calls_inherit_priority_tenant_and_deadline(
     assert bench.provider.statistics().requests == 3
 
 
-def test_stream_is_admitted_on_the_terms_of_its_request_not_of_its_reader(bench: Bench) -> None:
-    async def main() -> None:
-        with asyncbucket.tenant("acme"), asyncbucket.priority(3):
-            stream = await bench.llm.astream_complete("hi")
-        with asyncbucket.tenant("other"):
-            assert [part.delta async for part in stream]
-            assert inherited.get() == Inherited(tenant="other")
-
-    bench.time.run(main())
+async def test_stream_is_admitted_on_the_terms_of_its_request_not_its_reader(bench: Bench) -> None:
+    with asyncbucket.tenant("acme"), asyncbucket.priority(3):
+        stream = await bench.llm.astream_complete("hi")
+    with asyncbucket.tenant("other"):
+        assert [part.delta async for part in stream]
+        assert inherited.get() == Inherited(tenant="other")
     assert bench.seen == [("openai/chat/*", Inherited(priority=3, tenant="acme"))]
 
 
@@ -270,18 +264,15 @@ async def test_run_inside_an_agents_scope_belongs_to_that_agent(many: Limiter) -
 
 
 @pytest.mark.parametrize("is_team", [False, True])
-def test_agent_or_team_is_wrapped_with_its_models(bench: Bench, *, is_team: bool) -> None:
+async def test_agent_or_team_is_wrapped_with_its_models(bench: Bench, *, is_team: bool) -> None:
     worker: Any = FunctionAgent(tools=[bench.tool], llm=bench.plain_llm, timeout=None)
     whole: Any = AgentWorkflow([worker]) if is_team else worker
     paced: Any = bench.limiter.wrap(whole, kind="weather")
     assert isinstance(paced, type(whole))
     assert limiter_of((paced.agents["Agent"] if is_team else paced).llm) is bench.limiter
 
-    async def main() -> AgentStatistics:
-        await asyncio.gather(ask(paced), ask(paced))
-        return await agents_of(bench.limiter)
-
-    now = bench.time.run(main())
+    await asyncio.gather(ask(paced), ask(paced))
+    now = await agents_of(bench.limiter)
     assert (now.running, now.finished, now.kinds["weather"].known) == (0, 2, 2)
     assert not hasattr(worker.llm, "limiter")
 

@@ -300,9 +300,7 @@ class Bedrock(MockEmbedding):
         (Bedrock, r"make it with botocore_config=Config\(retries="),
     ],
 )
-def test_retries_that_nobody_can_switch_off_are_warned_of(
-    limiter: Limiter, make: Any, remedy: str
-) -> None:
+def test_retries_that_stay_on_are_warned_of(limiter: Limiter, make: Any, remedy: str) -> None:
     model = integration(make, MockEmbedding)(embed_dim=2) if isinstance(make, str) else make()
     with pytest.warns(UserWarning, match=f"tries failed requests again by itself, .*{remedy}"):
         limiter.wrap(model)

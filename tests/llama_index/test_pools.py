@@ -195,9 +195,7 @@ def test_model_of_a_pool_is_not_pickled(llm: OpenAI) -> None:
 
 
 @pytest.mark.parametrize(("member", "paid"), [("one", [1, 0]), ("two", [1, 1])])
-async def test_model_inside_pays_only_where_the_call_around_it_has_not(
-    member: str, paid: list[int]
-) -> None:
+async def test_inner_call_pays_only_where_the_outer_has_not(member: str, paid: list[int]) -> None:
     one, two = (Limiter("1000 RPM", name=name, concurrency=1) for name in ("one", "two"))
     pool = Pool(*(one, two) if member == "one" else (two, one), prefer="first")
     inner = one.wrap(MockLLM())

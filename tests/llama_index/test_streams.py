@@ -161,9 +161,7 @@ class Censored(OpenAI):
         yield next(super().stream_chat(*args, **kwargs))
 
 
-async def test_stream_ended_early_by_model_hangs_up(
-    limiter: Limiter, wire: Wire, reader: Reader
-) -> None:
+async def test_stream_ended_by_model_hangs_up(limiter: Limiter, wire: Wire, reader: Reader) -> None:
     llm = limiter.wrap(Censored(api_key="k", api_base=API_BASE), retry=Retry(backoff=0.001))
     assert len(await reader.read(llm)) == 1
     assert (wire.is_open, in_flight(limiter)) == (False, 0)
@@ -184,9 +182,7 @@ class Slow(MockLLM):
 
 
 @pytest.mark.parametrize("streaming", [True, False])
-async def test_cancelled_call_or_stream_gives_its_slot_back(
-    limiter: Limiter, *, streaming: bool
-) -> None:
+async def test_cancelled_call_or_stream_frees_slot(limiter: Limiter, *, streaming: bool) -> None:
     llm = limiter.wrap(Slow(max_tokens=None))
 
     async def read() -> None:

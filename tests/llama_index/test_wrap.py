@@ -176,9 +176,7 @@ def test_methods_replaced_by_functions_of_other_names_are_paced(limiter: Limiter
 
 
 @pytest.mark.parametrize("name", ["complete", "chat", "structured_predict"])
-async def test_call_without_its_argument_raises_the_models_own_error(
-    limiter: Limiter, name: str
-) -> None:
+async def test_call_without_argument_raises_the_models_error(limiter: Limiter, name: str) -> None:
     paced = limiter.wrap(MockLLM())
     with pytest.raises((TypeError, ValueError)) as plain:
         getattr(MockLLM(), name)()

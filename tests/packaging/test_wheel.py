@@ -65,9 +65,7 @@ def test_entry_points_are_in_the_wheel(unpacked: Path) -> None:
     assert named == ["asyncbucket.cli:main", "asyncbucket.testing.pytest_plugin"]
 
 
-def test_source_distribution_builds_the_same_wheel(
-    wheel: Path, source: Path, tmp_path: Path
-) -> None:
+def test_sdist_builds_the_same_wheel(wheel: Path, source: Path, tmp_path: Path) -> None:
     rebuilt = build("wheel", tree=source, into=tmp_path)
     with zipfile.ZipFile(wheel) as ours, zipfile.ZipFile(rebuilt) as theirs:
         assert sorted(ours.namelist()) == sorted(theirs.namelist())

@@ -197,9 +197,7 @@ def test_program_with_the_token_changes_limits_while_it_runs(
         ({"Authorization": "{token}", "Content-Length": "x"}, 413),
     ],
 )
-def test_change_without_the_token_or_from_a_page_is_refused(
-    headers: dict[str, str], status: int
-) -> None:
+def test_change_without_token_or_from_page_is_refused(headers: dict[str, str], status: int) -> None:
     limiter = busy()
     with limiter.serve_stats(port=0, control=True) as server:
         given = {

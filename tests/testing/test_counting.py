@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asyncbucket import Limit
-from asyncbucket.testing import RateLimitedProvider, virtual_time
+from asyncbucket.testing import RateLimitedProvider, VirtualTime
 from asyncbucket.testing.assertions import assert_never_over, assert_within_bucket
 from asyncbucket.testing.counting import POLICIES, POLICY_NAMES, Counting, Policy, PolicyName
 from asyncbucket.testing.prompt_cache import Cache
@@ -155,40 +155,25 @@ def prompt(*texts: str, marked: int | None = 0) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_prefix_is_read_once_the_reply_that_writes_it_has_begun_until_it_expires(
-    *, stream: bool
+async def test_prefix_is_read_from_the_reply_that_writes_it_until_it_expires(
+    virtual_time: VirtualTime, *, stream: bool
 ) -> None:
-    with virtual_time() as time:
-        provider = RateLimitedProvider(
-            itpm=10_000, latency=10.0, begins=0.2, cache=Cache(), clock=time.clock
-        )
+    clock = virtual_time.clock
+    provider = RateLimitedProvider(
+        itpm=10_000, latency=10.0, begins=0.2, cache=Cache(), clock=clock
+    )
+    client = httpx.AsyncClient(transport=provider.mock_transport(), headers=KEY)
 
-        async def main() -> list[tuple[int, int, int]]:
-            async with httpx.AsyncClient(
-                transport=provider.mock_transport(), headers=KEY
-            ) as client:
+    async def ask(second: float, *texts: str) -> tuple[int, int, int]:
+        await asyncio.sleep(second)
+        body = {"model": "m", "max_tokens": 5, "messages": prompt(*texts), "stream": stream}
+        async with client.stream("POST", "http://p/v1/messages", json=body) as reply:
+            return usage([line async for line in reply.aiter_lines()])
 
-                async def ask(second: float, *texts: str) -> tuple[int, int, int]:
-                    await asyncio.sleep(second)
-                    body = {"model": "m", "max_tokens": 5, "messages": prompt(*texts)}
-                    post = client.build_request(
-                        "POST", "http://p/v1/messages", json={**body, "stream": stream}
-                    )
-                    reply = await client.send(post, stream=True)
-                    lines = [line async for line in reply.aiter_lines()]
-                    return usage(lines)
-
-                return await asyncio.gather(
-                    *(ask(at, "a", "b") for at in (0, 1.9, 2.1)), ask(3, "c"), ask(400, "a", "d")
-                )
-
-        assert time.run(main()) == [
-            (100, 100, 0),
-            (100, 100, 0),
-            (100, 0, 100),
-            (0, 100, 0),
-            (100, 100, 0),
-        ]
+    asked = [ask(at, "a", "b") for at in (0, 1.9, 2.1)]
+    read = await asyncio.gather(*asked, ask(3, "c"), ask(400, "a", "d"))
+    cold, warm = (100, 100, 0), (100, 0, 100)
+    assert read == [cold, cold, warm, (0, 100, 0), cold]
     seen = provider.statistics()
     assert (seen.cache_writes, seen.cache_reads) == (4, 1)
 

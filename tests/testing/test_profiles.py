@@ -12,7 +12,7 @@ from asyncbucket import Limiter, deadline
 from asyncbucket.engine.terms import Concurrency
 from asyncbucket.providers.errors import judge_reply
 from asyncbucket.providers.usage import Usage, usage_of
-from asyncbucket.testing import RateLimitedProvider, virtual_time
+from asyncbucket.testing import RateLimitedProvider, VirtualTime, virtual_time
 from asyncbucket.testing.enforcer import RULES
 
 pytest.importorskip("stamina", reason="transports retry by it")
@@ -158,26 +158,20 @@ async def test_native_formats_report_their_usage(path: str, body: Body) -> None:
     assert usage_of(reply.json()) == Usage(GIVEN, MOST, GIVEN + MOST)
 
 
-def test_used_up_day_is_noticed_once() -> None:
+async def test_used_up_day_is_noticed_once(virtual_time: VirtualTime) -> None:
     """The call that meets it gets the refusal; those behind wait no longer than they may."""
-    with virtual_time() as time:
-        provider = RateLimitedProvider(profile="gemini", rpd=3, clock=time.clock)
-        limiter = Limiter("600 RPM", concurrency=1, clock=time.clock)
-        transport = limiter.transport(provider.mock_transport(), profile="gemini")
+    clock = virtual_time.clock
+    provider = RateLimitedProvider(profile="gemini", rpd=3, clock=clock)
+    limiter = Limiter("600 RPM", concurrency=1, clock=clock)
+    transport = limiter.transport(provider.mock_transport(), profile="gemini")
+    client = httpx.AsyncClient(transport=transport, headers=KEY)
 
-        async def main() -> list[Any]:
-            async with httpx.AsyncClient(transport=transport, headers=KEY) as client:
+    async def call() -> int:
+        with deadline(60):
+            reply = await client.post(f"http://p{GEMINI}", json=gemini_body("Why?"))
+        return reply.status_code
 
-                async def call() -> int:
-                    with deadline(60):
-                        reply = await client.post(f"http://p{GEMINI}", json=gemini_body("Why?"))
-                    return reply.status_code
-
-                calls = (call() for _ in range(6))
-                return await asyncio.gather(*calls, return_exceptions=True)
-
-        ends = time.run(main())
-
+    ends = await asyncio.gather(*(call() for _ in range(6)), return_exceptions=True)
     assert ends[:4] == [200, 200, 200, 429]
     assert all("more (daily quota); raise the timeout" in str(end) for end in ends[4:])
     assert provider.statistics().requests == 4
