@@ -169,10 +169,10 @@ class Lanes:
         prompt, conversation = None, None
         asks = content is not None and (MARKS[0] in content or MARKS[1] in content)
         is_long = cost is not None and cost.get("input_tokens", 0) >= LEAST
+        site, leads = f"{host} {call.model}", self.cache == "lead"
         if (table := lane.prefixes) is None:
-            conversation = conversation_of(call) if is_long else None
+            conversation = conversation_of(call.body, site) if is_long else None
         elif is_long and call.asked.writes and (asks or profile.caches_unasked):
-            site, leads = f"{host} {call.model}", self.cache == "lead"
             prompt = Prompt(table, profile, site, call.body, limits.by_way, leads=leads)
         price: Price | None = None
         if limits.counts(USD):

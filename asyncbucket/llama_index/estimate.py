@@ -177,6 +177,12 @@ def prompt_to_cache(
     return body
 
 
+def turns_of(messages: Sequence["ChatMessage"]) -> Mapping[str, Any]:
+    """Return the texts of a chat, which tell its conversation from others."""
+    turns = (each for each in messages if hasattr(each, "blocks"))
+    return {"messages": [{"role": each.role, "content": each.content} for each in turns]}
+
+
 def _message(message: "ChatMessage", media: list[int]) -> Any:
     """Return a message as it is sent, with the tool calls that some integrations keep beside.
 

@@ -59,11 +59,19 @@ from asyncbucket.llama_index.estimate import (
     Estimate,
     Estimator,
     prompt_to_cache,
+    turns_of,
 )
 from asyncbucket.llama_index.events import report_wait
 from asyncbucket.pools import Pool
 from asyncbucket.providers.errors import never_sent, was_refused
-from asyncbucket.providers.prefixes import CacheMode, Prefixes, Prompt, read_mode
+from asyncbucket.providers.prefixes import (
+    LEAST,
+    CacheMode,
+    Prefixes,
+    Prompt,
+    conversation_of,
+    read_mode,
+)
 from asyncbucket.providers.prices import added_tokens, model_of, price_of, within_limits
 from asyncbucket.providers.profiles import GENERIC
 from asyncbucket.providers.usage import Usage
@@ -344,12 +352,15 @@ class Pacing:
     ) -> tuple[Lease, Requests]:
         """Wait for the admission of an attempt that costs ``estimate``."""
         amounts: dict[str, Any] = self._amounts(call, estimate)
-        prompt = None
-        if call.method.argument == "messages" and not isinstance(self.limiter, Pool):
+        prompt, conversation = None, None
+        if call.method.argument == "messages":
             messages = call.args[0] if call.args else call.kwargs["messages"]
-            body = prompt_to_cache(call.model, messages, call.kwargs)
-            prompt = None if body is None else self._prompt(call, body)
-        lease = await attempt.admit(call.io, prompt=prompt, **amounts)
+            if not isinstance(self.limiter, Pool):
+                body = prompt_to_cache(call.model, messages, call.kwargs)
+                prompt = None if body is None else self._prompt(call, body)
+            elif estimate.input_tokens >= LEAST:
+                conversation = conversation_of(turns_of(messages), type(call.model).__name__)
+        lease = await attempt.admit(call.io, prompt=prompt, conversation=conversation, **amounts)
         if lease.waited:
             report_wait(self.limiter, lease)
         attempt.call, attempt.pays = Requests(attempt, call.own), True

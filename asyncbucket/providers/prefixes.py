@@ -48,7 +48,7 @@ from asyncbucket.levels import (
     provider_of,
     reprice,
 )
-from asyncbucket.providers.profiles import Call, Profile
+from asyncbucket.providers.profiles import Profile
 from asyncbucket.providers.usage import Usage
 from asyncbucket.waiting import IO
 
@@ -560,18 +560,17 @@ class Prefixes:
                     del self._leaders[cut.digest]
 
 
-def conversation_of(call: Call) -> str | None:
+def conversation_of(body: Mapping[str, Any], site: str) -> str | None:
     """Return what the calls of one conversation share: the hash of what is sent up to the user's first turn.
 
     None if no turn is the user's. What many conversations share, such as a system prompt, is soon warm
     at each member of a pool; the rest of a conversation only where its last call was.
     """
     for name in _TURNS:
-        turns: Any = call.body.get(name)
+        turns: Any = body.get(name)
         for number, turn in enumerate(turns if isinstance(turns, list) else (), 1):
             if isinstance(turn, dict) and turn.get("role") == "user":
-                cuts = cuts_of({**call.body, name: turns[:number]}, f"{call.host} {call.model}")
-                return f"{cuts[-1].digest:x}"
+                return f"{cuts_of({**body, name: turns[:number]}, site)[-1].digest:x}"
     return None
 
 

@@ -8,7 +8,7 @@ import pytest
 from llama_index.core.base.llms.types import CacheControl, CachePoint, TextBlock
 from llama_index.core.llms import ChatMessage, ChatResponse, MockLLM
 
-from asyncbucket import Limiter
+from asyncbucket import Limiter, Pool
 from asyncbucket.llama_index.estimate import prompt_to_cache
 from asyncbucket.testing import VirtualTime
 from tests.llama_index.conftest import make_anthropic
@@ -106,3 +106,29 @@ def test_chat_asks_for_the_cache_by_points_by_arguments_and_by_the_model() -> No
     body = prompt_to_cache(llm, chat("own"), {})
     assert body is not None
     assert body["messages"][0]["content"][1]["cachePoint"]["ttl"] == "5m"
+
+
+async def test_conversation_stays_at_the_member_of_a_pool_that_served_it(
+    virtual_time: VirtualTime,
+) -> None:
+    members = [Limiter("600 RPM", name=name, clock=virtual_time.clock) for name in ("one", "two")]
+    llm = Pool(*members).wrap([Cached(max_tokens=None), Cached(max_tokens=None)])
+
+    async def say(*words: str) -> None:
+        roles = ("user", "assistant", "user")
+        turns = [
+            ChatMessage(role=role, content=word) for role, word in zip(roles, words, strict=False)
+        ]
+        await llm.achat([*chat("own")[:1], *turns])
+
+    def taken() -> list[int]:
+        return [member.statistics().admitted for member in members]
+
+    await say("hi")
+    await say("salve")
+    assert taken() == [1, 1]
+    for each in "abc":
+        await say("hi", "yes?", each)
+    assert taken() == [4, 1]
+    await say("salve", "quid?", "a")
+    assert taken() == [4, 2]
