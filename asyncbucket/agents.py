@@ -25,17 +25,17 @@ its own use allows.
 Sizes are learned. The expected size of an agent is the mean of its kind's latest runs; once the
 agent has used more than that, it is the mean of those runs that were larger than what it has used.
 If what it then still needs is at most half of what a new one of its kind needs, it keeps its tag:
-it is nearly done, and to serve others first would let it wait for nothing. A kind without a history
-is sized by all kinds. If no run was larger, the agent pays as it goes: its tag is V at its arrival
-plus what it has used, which is fair sharing. As long as nothing is known at all, the first agent
-gets more than its share, so that its size is soon known for the others.
+it is nearly done, and to serve others first would let it wait for nothing. If no run was larger, the
+agent pays as it goes: its tag is V at its arrival plus what it has used, which is fair sharing. As
+long as nothing is known of a kind, its first agent gets more than its share, so that its size is
+soon known for the others, who pay for that. So no kind waits for another one to become known.
 
 All of this is called with the pacer's lock held, unless it says otherwise.
 """
 
 import contextlib
 import heapq
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import fsum
@@ -57,7 +57,7 @@ _RUNS: Final = 200
 _KINDS: Final = 200
 #: What part of a new agent's size is little enough for one that runs to stay in its place.
 _NEARLY_DONE: Final = 0.5
-#: How many shares the first agent gets while no sizes are known, so that one is known soon.
+#: How many shares the first agent of an unknown kind gets at most, so that its size is known soon.
 _PILOT: Final = 4.0
 
 _Sizes: TypeAlias = deque[float]
@@ -95,22 +95,24 @@ class AgentRun(Account):
         #: When it made its first call here (ns).
         self.began = 0
         #: Its calls that wait; V when it came, and when its last call that waited was gone; what it has
-        #: used; and its place in line.
+        #: used, and with its first call if it is of unknown size; and its place in line.
         self.calls: set[Admission] = set()
         self.start = self.left = self.tag = agents.clock
-        self.used = 0.0
+        self.used = self.first = 0.0
         self.expect(size)
         #: Who goes first among equals: whoever came first.
         self.number = number
 
-    def expect(self, size: float | None, shares: float = 1.0) -> None:
+    def expect(self, size: float | None, shares: float = 1.0, first: float = 0.0) -> None:
         """Set what it is expected to use; None if nobody knows: then it pays as it goes.
+
+        Beyond what it uses ``first``, it has so many fair shares.
 
         Its tag never falls, so that its calls stay in order, also if some got back what they had paid.
         """
         self.is_open = size is None
         self.size = self.used if size is None else size
-        self.tag = max(self.tag, self.start + self.size / shares)
+        self.tag = max(self.tag, self.start + first + (self.size - first) / shares)
 
     def wait(self, lease: Admission) -> None:
         """Take in that a call waits; hearing it again changes nothing."""
@@ -144,11 +146,11 @@ class Agents:
 
     def __init__(self, node: Node, above: "Agents | None") -> None:
         self.node = node
-        #: What the latest runs of each kind have used, and those of all kinds.
+        #: What the latest runs of each kind have used.
         self._sizes: dict[str | None, _Sizes] = {} if above is None else above._sizes
-        self._all: _Sizes = deque(maxlen=_RUNS) if above is None else above._all
-        #: Those that run here.
+        #: Those that run here; and those of each kind, in order of arrival.
         self.runs: dict[Agent, AgentRun] = {}
+        self._running: dict[str | None, dict[Agent, AgentRun]] = {}
         self._finished = self._numbers = 0
         #: Virtual time; and how many runs have calls that wait.
         self.clock, self.waiting = 0.0, 0
@@ -158,7 +160,9 @@ class Agents:
         run = self.runs.get(agent)
         if run is None and not agent.is_over:
             run = self.runs[agent] = self.enter(agent, self._size_of(agent))
-            run.tag += work * run.is_open  # it needs at least its first call
+            run.first = work * run.is_open  # it needs at least its first call
+            run.tag += run.first
+            self._running.setdefault(agent.kind, {})[agent] = run
             run.began = self.node.pacer.clock()
             agent.limiters.append(self)
             self.node.pacer.notify_locked(self.node, AgentStarted, kind=agent.kind)
@@ -193,7 +197,7 @@ class Agents:
 
     def expected(self, kind: str | None, above: float = -1.0) -> float | None:
         """Return the mean size of finished runs that used more than ``above``; None if there is none."""
-        sizes = [size for size in self._sizes.get(kind) or self._all if size > above]
+        sizes = [size for size in self._sizes.get(kind, ()) if size > above]
         return fsum(sizes) / len(sizes) if sizes else None
 
     def correct(self, run: AgentRun, work: float) -> None:
@@ -212,23 +216,37 @@ class Agents:
         if size and size - run.used <= little:
             run.size = size
         else:
-            is_pilot = not self._all and run.agent is next(iter(self.runs))
-            run.expect(size, _PILOT if is_pilot else 1.0)
+            run.expect(size, *self._shares(run, kind))
+
+    def _shares(self, run: AgentRun, kind: str | None) -> tuple[float, float]:
+        """Return how many shares an agent of unknown size has, and what it uses before that counts.
+
+        The first of a kind has more, the others have less: all together as many as there are.
+        """
+        if kind in self._sizes:
+            return 1.0, 0.0
+        alike = self._running[kind]
+        others = len(alike) - 1
+        pilot = min(_PILOT, 1 + others / 2)
+        is_first = run.agent is next(iter(alike))
+        return (pilot, 0.0) if is_first else (1 - (pilot - 1) / others, run.first)
 
     def end(self, agent: Agent, *, ended_well: bool) -> None:
         """Forget an agent; one that ended well shows how large its kind is. Without the lock."""
         self.node.pacer.do_and_tell(self._end_locked, agent, ended_well)
 
     def _end_locked(self, agent: Agent, ended_well: bool) -> None:  # noqa: FBT001 - `do` has no keywords
-        run = self.runs.pop(agent)
+        run, alike = self.runs.pop(agent), self._running[agent.kind]
+        del alike[agent]
+        if not alike:
+            del self._running[agent.kind]
         node, now = self.node, self.node.pacer.clock()
         if ended_well:
             self._finished += 1
             if agent.kind not in self._sizes and len(self._sizes) >= _KINDS:
                 self._sizes.pop(next(iter(self._sizes)))
-            for sizes in self._sizes.setdefault(agent.kind, deque(maxlen=_RUNS)), self._all:
-                sizes.append(run.used)
-            for other in self.runs.values():
+            self._sizes.setdefault(agent.kind, deque(maxlen=_RUNS)).append(run.used)
+            for other in alike.values():
                 if other.is_open and other.used < run.used:  # else it stays so
                     self._resize(other)
         seconds = (now - run.began) * 1e-9
@@ -247,17 +265,16 @@ class Agents:
 
     def statistics(self) -> AgentStatistics:
         """Return a frozen snapshot."""
-        kinds = Counter(agent.kind for agent in self.runs)
         return AgentStatistics(
             running=len(self.runs),
             finished=self._finished,
             kinds={
                 kind: AgentKind(
-                    running=kinds[kind],
+                    running=len(self._running.get(kind, ())),
                     known=len(self._sizes.get(kind, ())),
                     size=self.expected(kind),
                 )
-                for kind in {*kinds, *self._sizes}
+                for kind in {*self._running, *self._sizes}
             },
         )
 
