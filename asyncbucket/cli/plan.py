@@ -1,6 +1,6 @@
 """`asyncbucket plan` and `asyncbucket plot`: how long calls will take, and what a limiter did.
 
-A plan is told in words, as JSON and as a picture; a trace is drawn.
+A plan is told in words or as JSON; a trace is drawn.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ import typer
 
 from asyncbucket.cli import options
 from asyncbucket.engine.wording import counted, in_given_unit, named, written_out
-from asyncbucket.plan import Plan, Poisson
+from asyncbucket.plan import Poisson
 from asyncbucket.plan import plan as make_plan
 
 if TYPE_CHECKING:
@@ -26,8 +26,6 @@ _ADMITTED: Final = "#1f9d55"
 _WAITING: Final = "#3b7dd8"
 _LIMIT: Final = "#d98c00"
 _PAUSE: Final = "#d9534f"
-#: From this many seconds on, the time axis shows minutes.
-_LONG: Final = 120
 
 
 def _samples_option(text: str) -> Any:
@@ -52,9 +50,7 @@ def plan(  # noqa: PLR0913 - one for each option
     profile: Annotated[str, options.name("Whose charging rules, e.g. anthropic.")] = "openai",
     model: Annotated[str | None, options.name("The model, to say what it costs.")] = None,
     prices: options.PriceFile = None,
-    # What is found out, and shown.
-    out: Annotated[Path | None, options.file("Draw it: .png, .svg or .pdf.")] = None,
-    dark: options.Dark = False,
+    # How it is told.
     as_json: options.AsJson = False,
 ) -> None:
     """Say how long calls take under limits, and what binds.
@@ -64,7 +60,7 @@ def plan(  # noqa: PLR0913 - one for each option
     Examples:
         asyncbucket plan --calls 10000 --tokens 800 --rpm 500 --tpm 200000
         asyncbucket plan prompts.jsonl --rpm 500 --also '10k RPD'
-        asyncbucket plan --calls 900 --poisson 8 --rpm 400 --latency 2 --out a.png
+        asyncbucket plan --calls 900 --poisson 8 --rpm 400 --latency 2
     """
     if source is not None and tokens is not None:
         raise ValueError(f"{source!r} and --tokens both say what calls cost: give one of them")
@@ -81,11 +77,7 @@ def plan(  # noqa: PLR0913 - one for each option
         rpm=rpm,
         tpm=tpm,
     )
-    if out is not None:
-        _draw_plan(planned, out, dark=dark)
     typer.echo(json.dumps(planned.as_dict(), indent=2) if as_json else planned)
-    if out is not None and not as_json:
-        typer.echo(f"drawn: {out}")
 
 
 def _samples(text: str | None) -> Any:
@@ -154,28 +146,6 @@ def _figure(path: Path, size: tuple[float, float], *, dark: bool) -> Generator["
         figure = Figure(figsize=size, dpi=150, layout="constrained")
         yield figure
         figure.savefig(path)
-
-
-def _draw_plan(plan: Plan, path: Path, *, dark: bool) -> None:
-    """Draw admissions over time.
-
-    Raises:
-        ValueError, ImportError, OSError: it cannot be drawn, or not there; the message says why.
-    """
-    unit, seconds = ("minutes", 60) if plan.duration >= _LONG else ("seconds", 1)
-    part = plan.duration / len(plan.timeline)
-    rates = [count / (part or 1.0) for count in plan.timeline]
-    edges = [number * part / seconds for number in range(len(rates) + 1)]
-    with _figure(path, (8, 4.2), dark=dark) as figure:
-        axes = figure.subplots()
-        axes.stairs(rates, edges, fill=True, color=_ADMITTED, alpha=0.85, linewidth=0)
-        axes.set(title=plan.summary, xlabel=unit, ylabel="admitted a second")
-        axes.set_xlim(0, edges[-1] or 1)
-        limit = plan.binding
-        if limit is not None and limit.rate is not None:
-            label = f"{limit.limit}: {limit.rate:,.3g}/s in the long run"
-            axes.axhline(limit.rate, color=_LIMIT, linewidth=1.5, label=label)
-            axes.legend(loc="upper right")
 
 
 def draw_trace(trace: Path, out: Path, *, dark: bool) -> None:

@@ -26,10 +26,6 @@ from asyncbucket.plan.calls import NANOSECONDS, Load, PlannedCall
 
 #: Up to this many calls, other limits are tried.
 _MAX_WHAT_IF_CALLS: Final = 100_000
-#: Parts of the timeline at most, and the calls in one of them on average at least: parts with one
-#: call or none would look like a comb.
-_PARTS: Final = 240
-_CALLS_A_PART: Final = 5
 #: When plans begin, for limits that reset by the calendar: early in January 2025.
 _DATE: Final = 1_736_380_800 * NANOSECONDS
 #: From this many seconds on, tenths do not matter.
@@ -188,7 +184,6 @@ def make_plan(load: Load, members: Sequence[Bounds]) -> "Plan":
         mean_in_flight=sum(limiter.busy for limiter in record.limiters) / end if end else 0.0,
         refused=len(record.refused),
         refusal=refusal,
-        timeline=_timeline(record),
     )
 
 
@@ -255,14 +250,6 @@ def _waits(record: Record) -> "PlannedWaits":
     return PlannedWaits(p50=p50, p95=p95, max=most, mean=sum(ranked) / len(ranked) / NANOSECONDS)
 
 
-def _timeline(record: Record) -> tuple[int, ...]:
-    parts = max(1, min(_PARTS, len(record.admitted) // _CALLS_A_PART))
-    counts = [0] * parts
-    for instant in record.admitted:
-        counts[min(instant * parts // max(1, record.end), parts - 1)] += 1
-    return tuple(counts)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedWaits:
     """How long calls wait for their admission, in seconds."""
@@ -313,7 +300,6 @@ class Plan:
         mean_in_flight: calls at once on average.
         refused: how many calls can never pass, because they cost more than a limit.
         refusal: the error of the first of these.
-        timeline: admissions in each of as many equal parts of the duration.
     """
 
     duration: float
@@ -327,7 +313,6 @@ class Plan:
     mean_in_flight: float = 0.0
     refused: int = 0
     refusal: str | None = None
-    timeline: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         waits, lines = self.waits, [self.summary]

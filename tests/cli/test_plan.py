@@ -62,32 +62,12 @@ def test_samples_limits_and_prices_are_read_from_files_and_options(tmp_path: Pat
     [
         ("", "how many calls? give calls, or samples of tokens or latency, in a list or a file"),
         ("--calls 3 --tokens none.jsonl", "'none.jsonl' is neither a number, JSON, nor a file"),
-        ("--calls 3 --out plan.docx", "Format 'docx' is not supported (supported formats: "),
-        ("--calls 3 --out none/x.svg", "none/x.svg cannot be used (No such"),
-        ("--calls 3 --out plan", "'plan' shows no kind of picture: end it in "),
         ("--calls 3 --tokens {", "'{' is neither a number, JSON, nor a file that is there"),
         ("a.jsonl --tokens 9", "'a.jsonl' and --tokens both say what calls cost"),
     ],
 )
 def test_mistake_is_explained_with_status_2(options: str, error: str) -> None:
     assert typed(f"plan {options}", status=2).startswith(f"error: {error}")
-
-
-@pytest.mark.parametrize("options", ["", " --dark"])
-def test_plan_is_drawn_light_and_dark(tmp_path: Path, options: str) -> None:
-    path = tmp_path / "plan.svg"
-    for calls in (3, 3_000):  # of 3, nobody waits, and they take no time
-        said = typed(f"plan --calls {calls} --rpm 600 --out {path}{options}")
-        assert said.endswith(f"drawn: {path}\n")
-    background, _, picture = path.read_bytes().partition(b"patch_2")
-    assert (b"fill: #ffffff" in background) == (not options)
-    assert b"<!-- 600 requests per 60 s: 10/s in the long run -->" in picture
-
-
-def test_missing_matplotlib_names_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    said = typed("plan --calls 3 --out plan.png", status=2)
-    assert said.endswith('pip install "asyncbucket[plot]"\n')
 
 
 async def test_trace_is_drawn(virtual_time: VirtualTime, tmp_path: Path) -> None:
@@ -107,6 +87,26 @@ async def test_trace_is_drawn(virtual_time: VirtualTime, tmp_path: Path) -> None
         assert f"<!-- {text}" in content
     drawn = " ".join(re.findall(r' d="([^"]+)" clip-path', content))
     assert max(map(float, re.findall(r"[\d.]+", drawn))) < 1_000  # in the picture
+
+
+@pytest.mark.parametrize(
+    ("out", "error"),
+    [
+        ("x.docx", "Format 'docx' is not supported (supported formats: "),
+        ("none/x.svg", "none/x.svg cannot be used (No such"),
+        ("x", "'x' shows no kind of picture: end it in "),
+    ],
+)
+def test_picture_that_cannot_be_drawn_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str, error: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    paused = {"event": "paused", "at": 0, "seconds": 1}
+    head = {"limiter": "openai", "limits": []}
+    Path("trace.jsonl").write_text(f"{json.dumps(head)}\n{json.dumps(paused)}\n")
+    assert typed(f"plot trace.jsonl -o {out}", status=2).startswith(f"error: {error}")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert typed("plot trace.jsonl -o x.png", status=2).endswith('"asyncbucket[plot]"\n')
 
 
 @pytest.mark.parametrize(
