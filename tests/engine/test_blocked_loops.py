@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from asyncbucket import AcquireTimeout, CostExceedsLimit, Lease, Limiter, Pool, TokenBucket
+from asyncbucket import AcquireTimeout, CostExceedsLimit, Lease, Limiter, Pool
 from asyncbucket.engine import seats
 from asyncbucket.testing import VirtualClock, VirtualTime
 from tests.engine.conftest import cancel, nothing_is_left, start_all
@@ -270,19 +270,6 @@ def test_call_waiting_on_closed_loop_is_counted_out_once(
     sleep(0.01)
     key.acquire_nowait().release()
     assert key.statistics().waiting == 0
-
-
-def test_call_waiting_on_closed_loop_keeps_no_unit_of_a_bucket() -> None:
-    bucket = TokenBucket(rate=1_000.0)
-    bucket.acquire_nowait()
-    dead = asyncio.new_event_loop()
-    dead.set_exception_handler(lambda _, __: None)
-    task = asyncio.ensure_future(bucket.acquire(), loop=dead)
-    dead.run_until_complete(asyncio.sleep(0))
-    dead.close()
-    sleep(0.01)
-    bucket.acquire_nowait()
-    del task
 
 
 @pytest.mark.parametrize("dead_first", [True, False])

@@ -37,35 +37,6 @@ def call_after(steps_left: int, function: Callable[[], object]) -> None:
         function()
 
 
-@pytest.mark.parametrize("cancel_first", [True, False])
-@pytest.mark.parametrize("after", range(8))
-@pytest.mark.parametrize("before", range(6))
-async def test_waiter_cancelled_at_any_step_leaks_nothing(
-    time: VirtualTime, before: int, after: int, *, cancel_first: bool
-) -> None:
-    limiter = Limiter(concurrency=1, clock=time.clock)
-    holder = await limiter.acquire()
-    served: list[str] = []
-
-    async def call(name: str) -> None:
-        async with limiter.acquire():
-            served.append(name)
-            await asyncio.sleep(1)
-
-    first = asyncio.create_task(call("first"))
-    second = asyncio.create_task(call("second"))
-    await steps(before)
-    moves: list[Callable[[], object]] = [first.cancel, holder.release]
-    moves[not cancel_first]()
-    await steps(after)
-    moves[cancel_first]()
-    await asyncio.gather(first, second, return_exceptions=True)
-    assert first.cancelled()
-    assert served[-1] == "second"
-    assert time.now == 1.0
-    nothing_is_left(limiter)
-
-
 @pytest.mark.parametrize(
     ("path", "others"),
     [

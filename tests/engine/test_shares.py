@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 
+import asyncbucket
 from asyncbucket import Limit, Limiter
+from asyncbucket.engine.context import Priority
 from asyncbucket.testing import VirtualTime, assert_never_over
 from tests.engine.conftest import HELD, cancel, start, start_all
 
@@ -259,3 +261,117 @@ async def test_price_of_call_is_its_largest_part_of_any_short_term_limit(time: V
     await asyncio.gather(*(call(*each) for each in calls))
     firsts = [place for place, tokens in enumerate(went) if tokens]
     assert all(9 <= later - earlier <= 13 for earlier, later in itertools.pairwise(firsts[:5]))
+
+
+# --- urgent calls go first, and nobody starves ---
+
+
+async def ask(limiter: Limiter, priority: Priority | None, served: list[Any]) -> None:
+    async with limiter.acquire(priority=priority):
+        served.append(priority)
+
+
+async def served_to(
+    priorities: tuple[Priority, ...], time: VirtualTime, *, callers: int, seconds: int
+) -> list[Any]:
+    served: list[Any] = []
+    limiter = Limiter("10 RPS burst 1", clock=time.clock)
+
+    async def caller(priority: Priority) -> None:
+        while time.now < seconds:
+            await ask(limiter, priority, served)
+
+    await asyncio.gather(*(caller(each) for each in priorities for _ in range(callers)))
+    return served
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize(
+    ("priorities", "parts"),
+    [
+        (("batch", "interactive"), (1 / 9, 8 / 9)),
+        (("batch", "normal"), (1 / 9, 8 / 9)),
+        (("batch", "normal", "interactive"), (1 / 73, 8 / 73, 64 / 73)),
+        ((-100, 100), (1 / 9, 8 / 9)),
+    ],
+)
+async def test_each_priority_gets_its_guaranteed_share(
+    time: VirtualTime, priorities: tuple[Priority, ...], parts: tuple[float, ...]
+) -> None:
+    served = await served_to(priorities, time, callers=5, seconds=200)
+    for priority, part in zip(priorities, parts, strict=True):
+        assert served.count(priority) / len(served) == pytest.approx(part, abs=0.012)
+    places = [place for place, each in enumerate(served[15:1_900]) if each == priorities[0]]
+    gaps = [after - before for before, after in itertools.pairwise(places)]
+    assert max(gaps) <= 1 / parts[0] + 1
+
+
+async def test_priority_comes_from_call_then_context_then_limiter(time: VirtualTime) -> None:
+    key = Limiter("1 RPS burst 1", clock=time.clock)
+    nightly = key.child("nightly", priority="batch")
+    served: list[str] = []
+
+    async def call(name: str, limiter: Limiter, priority: Priority | None = None) -> None:
+        async with limiter.acquire(priority=priority):
+            served.append(name)
+
+    await key.acquire()
+    async with asyncio.TaskGroup() as group:
+        group.create_task(call("batch by its limiter", nightly))
+        group.create_task(call("batch by the limiter above", nightly.child("below")))
+        with asyncbucket.priority("interactive"):
+            group.create_task(call("inherited", nightly))
+            group.create_task(call("normal by its own word", nightly, "normal"))
+        group.create_task(call("urgent by its own word", nightly, 50))
+        await time.all_blocked()
+    assert served == [
+        "urgent by its own word",
+        "inherited",
+        "normal by its own word",
+        "batch by its limiter",
+        "batch by the limiter above",
+    ]
+
+
+# --- under full load, a limiter uses at least 99 % of its limits, and never exceeds them ---
+
+
+def used_of(limit: Limit, passed: Passed, seconds: float) -> float:
+    """Assert that a limit is kept; return which part of it was used after the first window."""
+    trace = [
+        (round(when * 1e9), tokens if limit.resource == "tokens" else 1)
+        for when, _, tokens in passed
+    ]
+    assert_never_over(trace, limit)
+    later = sum(amount for when, amount in trace if limit.per <= when / 1e9 < seconds)
+    return later / (limit.amount / limit.per * (seconds - limit.per))
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize(
+    ("limits", "most", "options", "share"),
+    [
+        (["60 RPM"], 0, {}, 0.99),
+        (["10/s"], 0, {}, 0.99),
+        (["1000 requests/10s burst 1000"], 0, {}, 0.99),
+        (["60k TPM"], 600, {}, 0.99),
+        (["60k TPM burst 1000"], 300, {}, 0.99),
+        (["60k TPM"], 12_000, {}, 0.89),  # up to a fifth of the limit
+        (["1200 RPM", "60k TPM"], 200, {"latency": 1.5, "concurrency": 50}, 0.99),
+        (["300 RPM", "60k TPM"], 200, {"latency": 1.5, "concurrency": 50}, 0.99),
+        (["1200 RPM", "120k TPM"], 200, {"latency": 1.5, "concurrency": 10}, 0.98),
+        (["60k TPM"], 600, {"latency": 0.2, "used": 1 / 3}, 0.98),
+    ],
+)
+async def test_whichever_limit_binds_is_used_to_99_percent_and_none_is_exceeded(
+    time: VirtualTime, limits: list[str], most: int, options: dict[str, Any], share: float
+) -> None:
+    chance = random.Random(7)
+    limiter = Limiter(*limits, concurrency=options.pop("concurrency", None), clock=time.clock)
+    seconds = (20 if share < 0.9 else 6) * limiter.limits[-1].per
+    caller = (limiter, (lambda: chance.randint(1, most)) if most else 0)
+    passed = await saturate(time, seconds, *[caller] * 200, **options)
+    used = [used_of(limit, passed, seconds) for limit in limiter.limits]
+    if limiter.concurrency:
+        used.append(len(passed) * options["latency"] / (limiter.concurrency * time.now))
+    assert share <= max(used) <= 1.01

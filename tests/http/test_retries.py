@@ -17,7 +17,7 @@ from asyncbucket.testing import RateLimitedProvider, VirtualTime
 from asyncbucket.testing.counting import PolicyName
 from asyncbucket.waiting import IO
 from tests.http.conftest import Server, answering, client_over, either_io
-from tests.http.test_openai_sdk import FAMILY
+from tests.http.test_sdks import FAMILY
 
 URL = "https://api.openai.com/v1/chat/completions"
 HELLO: list[Any] = [{"role": "user", "content": "Hello"}]
