@@ -10,6 +10,9 @@ checks:
 - order: of the calls of one limiter and priority, none passes one that came first; with agents, that
   holds within an agent;
 - nobody is admitted after its deadline, or waits while every call that may be next has room;
+- shares: while calls of two tenants, or of two children, wait at the same limiter with the same
+  priority, neither is ahead by more than two calls of each. So it is in every fifth history, in
+  which nothing but the root has limits, and calls cost what they reserved;
 - in the end nobody waits, nothing is in flight, and all limits are full again.
 
 `test_histories.py` plays some hundreds of them. This script plays as many as there is time for::
@@ -26,7 +29,7 @@ import itertools
 import random
 import sys
 import time as real_time
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any
@@ -113,6 +116,9 @@ class Level:
     slots: list[tuple[int, int]] = field(default_factory=list)
     pauses: list[tuple[int, int]] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
+    #: What a call costs here: `Node.work`; and its weight beside its siblings.
+    work: Callable[[dict[str, int]], float] = len
+    weight: float = 1.0
     #: Changes of what is booked: when, in which order, what, the call's resource, its entry, units.
     changes: list[tuple[int, int, str, Call, Entry, int]] = field(default_factory=list)
 
@@ -160,7 +166,9 @@ class Oracle:
         """Note a limiter and what it allows."""
         level = self.levels.get(limiter.name)
         if level is None:
-            level = self.levels[limiter.name] = Level(limiter.name)
+            node = limiter._node
+            level = Level(limiter.name, work=node.work, weight=node.weight)
+            self.levels[limiter.name] = level
             self.note_terms(limiter, now)
         return level
 
@@ -312,6 +320,46 @@ class Oracle:
                 elif call.gone is not None:
                     assert latest is None or call.gone <= latest, f"overtaken: {call}"
 
+    def check_shares(self) -> None:
+        """Assert that those who wait side by side get their shares, within two calls."""
+        flows: dict[tuple[str, int], dict[str, list[Call]]] = {}
+        for call in self.calls:
+            for below, name in itertools.pairwise(("", *call.path)):
+                flows.setdefault((name, call.priority), {}).setdefault(below, []).append(call)
+        for (name, _), beside in flows.items():
+            if name in self.members:
+                continue
+            for one, other in itertools.combinations(beside, 2):
+                self._check_shares(self.levels[name], {each: beside[each] for each in (one, other)})
+
+    def _check_shares(self, level: Level, flows: dict[str, list[Call]]) -> None:
+        #: At each instant: whose number of waiting calls changes, by how many, and what it gets.
+        changes: dict[int, list[tuple[str, int, float]]] = {}
+        bound = 0.0
+        for name, calls in flows.items():
+            weight = self.levels[name].weight if name else 1.0
+            costs = [level.work(call.costs) / weight for call in calls]
+            bound += 2 * max(costs) * max(1, len(self.members))
+            for call, cost in zip(calls, costs, strict=True):
+                over = call.gone if call.when is None else call.when
+                assert over is not None
+                changes.setdefault(call.asked, []).append((name, 1, 0.0))
+                got = 0.0 if call.when is None else cost
+                changes.setdefault(over, []).append((name, -1, got))
+        first = next(iter(flows))
+        waiting, ahead = dict.fromkeys(flows, 0), [0.0]
+        for _, together in sorted(changes.items()):
+            gains = sum(got if name == first else -got for name, _, got in together)
+            lost = [name for name, change, _ in together if change < 0]
+            # Within an instant nobody knows the order, and who has nothing left to wait needs no share.
+            both_wait = all(waiting[name] > lost.count(name) for name in flows)
+            ahead = [*ahead, ahead[-1] + gains] if both_wait else [0.0]
+            assert max(ahead) - min(ahead) <= bound + 1e-9, (
+                f"{level.name}: {[*flows]} get {ahead}, more than {bound:g} apart"
+            )
+            for name, change, _ in together:
+                waiting[name] += change
+
     # --- is anybody stuck? ---
 
     def assert_nobody_is_stuck(self, now: int) -> None:
@@ -394,6 +442,8 @@ class History:
     def __init__(self, time: VirtualTime, seed: int) -> None:
         self.time, self.seed = time, seed
         self.chance = random.Random(seed)
+        #: Whether shares are compared: see above.
+        self.compares = random.Random(f"shares {seed}").random() < 0.2
         self.oracle = Oracle()
         self.number = 0
         self.root = self._new_limiter("default")
@@ -412,7 +462,7 @@ class History:
         )
         for number in range(self.chance.randint(0, 5)):
             node = self.chance.choice(self.limiters)
-            limits, slots = self._some_limits(), self._slots()
+            limits, slots = self._some_limits(), None if self.compares else self._slots()
             weight = self.chance.choice([1.0, 1.0, 0.5, 4.0])
             self.limiters.append(node.child(str(number), *limits, concurrency=slots, weight=weight))
         self.limiters += self.members
@@ -422,12 +472,12 @@ class History:
             self.oracle.know(limiter, 0)
 
     def _new_limiter(self, name: str) -> Limiter:
-        limits, clock = self._some_limits(), self.time.clock
+        limits, clock = self.chance.choice(LIMITS), self.time.clock
         slots = self._slots()
         return Limiter(*limits, concurrency=slots, name=name, clock=clock, wall_clock=clock)
 
     def _some_limits(self) -> tuple[Limit, ...]:
-        return self.chance.choice(LIMITS)
+        return () if self.compares else self.chance.choice(LIMITS)
 
     def _slots(self) -> int | None:
         return self.chance.choice([None, None, 1, 2, 5])
@@ -440,7 +490,9 @@ class History:
         """Do some sixty random things, and then let everything come to its end."""
         moves = [self.ask] * 12 + [self.ask_at_once] * 2 + [self.cancel] * 2
         moves += [self.pause, self.change, self.jump, *[self.start_or_end_agent] * 3]
-        for _ in range(self.chance.randint(10, 60)):
+        if self.compares:
+            moves = [each for each in moves if each not in (self.change, self.jump)]
+        for _ in range(self.chance.randint(10, 60) * (1 + 3 * self.compares)):
             self.chance.choice(moves)()
             await self.wait_a_little()
         deadline = self.now + int(LONG * SECOND)
@@ -453,6 +505,8 @@ class History:
         for task in self.tasks:
             task.result()
         self.oracle.check()
+        if self.compares:
+            self.oracle.check_shares()
         for scope, inside in (self.agents or {}).values():
             inside.run(scope.__exit__, None, None, None)
         await self.check_rest()
@@ -554,19 +608,20 @@ class History:
 
     async def settle_and_end(self, lease: Lease, call: Call) -> None:
         chance = self.chance
-        for _ in range(chance.choice([0, 0, 1, 1, 2])):
+        for _ in range(0 if self.compares else chance.choice([0, 0, 1, 1, 2])):
             await asyncio.sleep(chance.choice([0, 0.3, 4]))
             tokens = chance.randint(0, 70)
             lease.settle(tokens=tokens)
             self.oracle.settled(call, {"tokens": tokens}, self.now)
         await asyncio.sleep(chance.choice([0, 0, 0.5, 5]))
         call.ended = self.now
-        end = chance.choice([lease.release, lease.overloaded, lease.failed, lease._undo, None])
+        ends = [lease.release, lease.overloaded, lease.failed, lease._undo, None]
+        end = chance.choice(ends[:3] if self.compares else ends)
         if end is not None:
             end()
         if end == lease._undo:
             self.oracle.settled(call, {"tokens": 0, "requests": 0}, self.now)
-        elif end is not None and chance.random() < 0.2:
+        elif end is not None and not self.compares and chance.random() < 0.2:
             await asyncio.sleep(chance.choice([1, 30]))
             lease.settle(tokens=1)
             self.oracle.settled(call, {"tokens": 1}, self.now)
@@ -608,6 +663,8 @@ class History:
 
     def _with_limits(self) -> list[Limiter]:
         """Return the limiters that have limits of their own: all but a pool."""
+        if self.compares:
+            return self.members or [self.root]
         return self.limiters[bool(self.members) :]
 
     def change(self) -> None:
