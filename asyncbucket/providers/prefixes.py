@@ -29,6 +29,7 @@ up, hands over to the next.
 """
 
 import asyncio
+import itertools
 import marshal
 import math
 import os
@@ -198,9 +199,9 @@ def _pieces(body: Mapping[str, Any]) -> Iterator[tuple[str | bytes, Any, float |
             content = (item.get("content") or item.get("parts")) if isinstance(item, dict) else None
             head, blocks = _head_of(item) if content else "", content or item
             for block in blocks if isinstance(blocks, list) else (blocks,):
-                yield head, _plain(block), _ttl_of(block) or None
+                yield head, *_plain(block)
             if content:
-                yield "", None, _ttl_of(item)
+                yield "", None, _ttl_of(item) if "cache_control" in item else 0.0
         yield "", None, 0.0
     yield "", None, _ttl_of(body)
 
@@ -213,14 +214,19 @@ def _head_of(message: Mapping[str, Any]) -> str | bytes:
     return rest[0][1] if len(rest) == 1 and isinstance(rest[0][1], str) else _dumps(rest)
 
 
-def _plain(block: Any) -> Any:
-    """Return a block without what asks to cache it; a text, which may also stand by itself, as such."""
+def _plain(block: Any) -> tuple[Any, float | None]:
+    """Return a block without what asks to cache it, and for how long (s) that asks, if at all.
+
+    A text, which may also stand by itself, is returned as such.
+    """
     if not isinstance(block, dict):
-        return block
+        return block, None
+    ttl = None
     if "cache_control" in block or "cachePoint" in block:
+        ttl = _ttl_of(block) or None
         block = {name: part for name, part in block.items() if name not in _ASKS}
     is_text = len(block) == 2 and block.get("type") == "text"  # noqa: PLR2004
-    return block.get("text") if is_text else block
+    return block.get("text") if is_text else block, ttl
 
 
 def _ttl_of(holder: Any) -> float:
@@ -455,8 +461,9 @@ class Prefixes:
                 self._entries[cut.digest] = _Entry(tokens, now, until)
                 if tokens != was:
                     changed.append(cut.digest)
-            while len(self._entries) > MOST:
-                del self._entries[next(iter(self._entries))]
+            if len(self._entries) > MOST:  # many at once: to find the first, all gone are passed
+                for digest in [*itertools.islice(self._entries, MOST // 16)]:
+                    del self._entries[digest]
             waiting = self._waiting_for(changed)
         for each in waiting:
             each.reprice()

@@ -362,7 +362,7 @@ def test_ten_thousand_conversations_take_bounded_memory_and_no_text_is_kept(
         converse(number, turn)
     size, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert len(table._entries) == MOST
+    assert 0.9 * MOST < len(table._entries) <= MOST
     assert size < 4_500_000
     kept = [
         table._entries,
