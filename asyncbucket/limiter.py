@@ -409,7 +409,8 @@ class Limiter(EngineLimiter):
 
         Args:
             tenant: any text that identifies the user who shares this limiter.
-            limits: limits of this tenant. Without limits and terms, those of `per_key` apply.
+            limits: limits of this tenant. Without limits and terms, those of `per_key` apply; with any
+                of them, none of those do, ``max_queue`` included.
             terms: as for `child`.
 
         Raises:
