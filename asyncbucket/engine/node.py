@@ -39,7 +39,7 @@ class Node:
     # What most limiters never set:
     weight = 1.0
     #: Which call entered the only slot by ``async with``: its number, and its task's id.
-    entered = 0, 0
+    entered: tuple[int, int] = (0, 0)
     max_queue: int | None = None
     #: What orders its calls, if not their arrival.
     order: "Order | None" = None
