@@ -51,6 +51,8 @@ except ImportError as missing:
 
 __all__ = ["RedisLedger", "RedisStore", "from_url"]
 
+#: The channels on which processes are called begin so; all listen to the one that ends in ``*``.
+_WAKE: Final = "asyncbucket:wake:"
 #: Seconds before listening is tried again.
 _RETRY_INTERVAL: Final = 0.5
 #: Seconds after which a connection gives up by itself, if nobody has ended it before.
@@ -275,64 +277,60 @@ class RedisStore:
 
 
 class Listener:
-    """Hear on one connection when workers are called, whichever limiters they are of."""
+    """Hear on one connection when workers of this process are called, whichever limiters they are of."""
 
     def __init__(self, client: Any) -> None:
         self._client = client
-        #: What is told of a message on a channel: the number in it, or None if one may have been missed.
+        #: Where this process is called.
+        self.channel = f"{_WAKE}{secrets.token_hex(8)}"
+        #: What is told of a worker, or of a limiter by its key: in how many microseconds its turn comes, or None
+        #: if something may have been missed.
         self._told: dict[str, list[Callable[[int | None], None]]] = {}
-        self._pubsub: Any = None
         self._task: asyncio.Task[None] | None = None
 
-    async def add(self, channels: Sequence[str], tell: Callable[[int | None], None]) -> None:
-        """Tell ``tell`` what comes on ``channels``; it may have missed what came before."""
-        for channel in channels:
-            self._told.setdefault(channel, []).append(tell)
+    def add(self, names: Sequence[str], tell: Callable[[int | None], None]) -> None:
+        """Tell ``tell`` what concerns ``names``."""
+        for name in names:
+            self._told.setdefault(name, []).append(tell)
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._listen(), name="asyncbucket store listener")
-        elif self._pubsub is not None:
-            with contextlib.suppress(*_FAILURES):  # it listens anew, to all
-                await self._pubsub.subscribe(*channels)
+        else:
+            tell(None)
 
-    async def remove(self, channels: Sequence[str], tell: Callable[[int | None], None]) -> None:
+    async def remove(self, names: Sequence[str], tell: Callable[[int | None], None]) -> None:
         """Tell it no more."""
-        for channel in channels:
-            self._told[channel].remove(tell)
-        gone = [channel for channel in channels if not self._told[channel]]
-        for channel in gone:
-            del self._told[channel]
+        for name in names:
+            self._told[name].remove(tell)
+        self._told = {name: told for name, told in self._told.items() if told}
         if not self._told:
             await self.aclose()
-        elif gone and self._pubsub is not None:
-            with contextlib.suppress(*_FAILURES):
-                await self._pubsub.unsubscribe(*gone)
 
     async def _listen(self) -> None:
         while True:
             with contextlib.suppress(*_FAILURES):
                 async with self._client.pubsub() as pubsub:
-                    await pubsub.subscribe(*self._told)
-                    self._pubsub = pubsub
+                    await pubsub.subscribe(self.channel, f"{_WAKE}*")
                     while True:
                         message = await pubsub.get_message(timeout=None)
                         if message is not None and message["type"] in {"subscribe", "message"}:
-                            self._tell(message)
-            self._pubsub = None
+                            self._tell(message["type"], message["data"])
             await asyncio.sleep(_RETRY_INTERVAL)
 
-    def _tell(self, message: dict[str, Any]) -> None:
-        channel = message["channel"]
-        name = channel.decode() if isinstance(channel, bytes) else channel
-        number = int(message["data"]) if message["type"] == "message" else None
+    def _tell(self, kind: str, data: Any) -> None:
+        if kind == "subscribe":
+            for tell in [tell for told in self._told.values() for tell in told]:
+                tell(None)
+            return
+        number, _, name = (data.decode() if isinstance(data, bytes) else data).partition(" ")
         for tell in self._told.get(name, ()):
-            tell(number)
+            tell(int(number))
 
     async def aclose(self) -> None:
         """End, and give back the connection."""
         while self._task is not None and not self._task.done():
             self._task.cancel()  # redis-py may swallow it while it connects
             await asyncio.wait((self._task,), timeout=0.1)
-        self._task = self._pubsub = None
+        self._task = None
 
 
 class RedisLedger(Ledger):
@@ -349,7 +347,6 @@ class RedisLedger(Ledger):
         self._ttl = round(slot_ttl * 1_000_000)
         hash_tag = f"asyncbucket:{{{name}}}"
         self._keys = (f"{hash_tag}:state", f"{hash_tag}:workers", f"{hash_tag}:line")
-        self._channel = f"{hash_tag}:wake:"
         self._codec = Codec(LimitConfig())
         #: The epoch that the worker knows.
         self._epoch = ""
@@ -357,7 +354,6 @@ class RedisLedger(Ledger):
         self._called = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
         self._listens = False
-        self._channels = (f"{self._channel}{self.worker}", f"{self._channel}*")
 
     async def _send(self, number: int, batch: Batch) -> Receipt:
         """Send ``batch``; if the limits have changed, under the new ones.
@@ -395,7 +391,7 @@ class RedisLedger(Ledger):
         """See `asyncbucket.stores.store.Ledger.changed`."""
         if not self._listens:
             self._listens = True
-            await self._store.calls.add(self._channels, self._call)
+            self._store.calls.add((self.worker, self._keys[0]), self._call)
         try:
             async with asyncio.timeout(timeout):
                 await self._called.wait()
@@ -444,7 +440,7 @@ class RedisLedger(Ledger):
         self._reset_call()
         if self._listens:
             self._listens = False
-            await self._store.calls.remove(self._channels, self._call)
+            await self._store.calls.remove((self.worker, self._keys[0]), self._call)
         await super().aclose(last)
 
     async def _leave(self) -> None:
@@ -452,7 +448,7 @@ class RedisLedger(Ledger):
 
     async def _run(self, codec: Codec, verb: str, *args: str | int) -> dict[str, Any]:
         new_epoch = secrets.token_hex(8)
-        me = self.worker, self._epoch, new_epoch, codec.text, self._channel, self._ttl
+        me = self.worker, self._epoch, new_epoch, codec.text, self._store.calls.channel, self._ttl
         return await self._store.run(self._keys, verb, *me, *args)
 
 

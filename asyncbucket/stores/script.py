@@ -27,7 +27,6 @@ from asyncbucket.stores.store import (
     Booking,
     Correction,
     LimitConfig,
-    Outcome,
     Receipt,
 )
 
@@ -114,13 +113,13 @@ class Codec:
     def receipt(self, reply: dict[str, Any], batch: Batch) -> Receipt:
         """Decode the answer to ``batch``."""
         now, bound_by = int(reply["now"]) * GRAIN, reply["bound"] or None
-        bookings = [Booking(Outcome.LATER, 0, bound_by)] * len(batch.calls)
+        bookings = [Booking(0, bound_by)] * len(batch.calls)
         for index, (offset, bound) in enumerate(reply["answers"]):
             if offset < 0:
-                bookings[index] = Booking(Outcome.NEVER, 0, bound)
+                bookings[index] = Booking(0, bound, exceeds=True)
             else:
                 start, slot = now + offset * GRAIN, bool(batch.calls[index].get(SLOT))
-                bookings[index] = Booking(Outcome.BOOKED, start, bound or None, slot)
+                bookings[index] = Booking(start, bound or None, slot)
         return Receipt(
             now=now,
             bookings=tuple(bookings),

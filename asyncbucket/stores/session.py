@@ -32,7 +32,6 @@ from asyncbucket.stores.store import (
     Correction,
     Ledger,
     LimitConfig,
-    Outcome,
     Receipt,
 )
 
@@ -53,10 +52,9 @@ _FRESH: Final = 10_000_000
 _AHEAD: Final = 50_000_000
 #: The most ns between signs of life.
 _MAX_BEAT_INTERVAL: Final = 10_000_000_000
-#: For how long (ns) a call that has given up may ask in another thread what it waited for; and for how
-#: long at most a pool leaves a store alone that held its call up.
-_REMEMBER: Final = 500_000_000
-_LEAVE_ALONE: Final = 2_000_000_000
+#: For how long (ns) a call that has given up may ask in another thread what it waited for, and a pool leaves a
+#: store alone that held its call up.
+_REMEMBER: Final = 1_000_000_000
 _FAILED: Final = (
     "what asks the store for this call has failed, see the log: ask again, and report this error"
 )
@@ -89,15 +87,15 @@ class Session:
         #: When a batch is sent though no call asks: to report what came back, or as a sign of life.
         self._report_at = 0
         #: Before this instant the line's heads are not sent, because they would not be booked.
-        self._ask_at = self._last_start = 0
+        self._ask_at = 0
         #: What the first unbooked call waits for ("" while the store is gone), until when at least, and
         #: when that is forgotten.
         self.held_up: tuple[str, int] | None = None
         self._forget_at = NEVER
         #: What the first unbooked call costs, and from when on it may start, whatever comes back.
         self._soonest: tuple[Amounts, int] = {}, 0
-        #: Whether calls wait in the store's line, and whether slots are short.
-        self._in_line = self._is_crowded = False
+        #: The last answer.
+        self._heard = Receipt(now=0)
         self._bell = asyncio.Event()
         #: Loops that have been asked to let calls go, and since when they have not come to do so.
         self._asked: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
@@ -144,20 +142,21 @@ class Session:
     def report(self, correction: Correction | None) -> None:
         """Report a correction, or else a slot that came back, with the next batch.
 
-        Very soon if a call waits for it, here or elsewhere; while starts lie ahead there is more time,
-        as no call that gets it would start before them.
+        Very soon if a call waits for it, here or elsewhere.
         """
-        is_awaited = self._is_crowded
+        is_awaited = self._heard.crowded
         if correction is not None:
-            is_awaited = self._in_line and (self.held_up or ("",))[0] in {*correction.used, ""}
+            is_awaited = self._heard.in_line and (self.held_up or ("",))[0] in {
+                *correction.used,
+                "",
+            }
             if correction.start:
                 record = self._health.record
                 record.correct(correction, record.last_start)
         now = self._clock()
-        soon = max(now + _GATHER_BRIEFLY, self._last_start - _AHEAD) if is_awaited else NEVER
-        later = self._ask_at if self._in_line and not is_awaited else 0
-        gathered = max(now + _GATHER, min(later, now + _GATHER_LONG))
-        self._report_at = min(self._report_at, soon, gathered)
+        later = min(self._ask_at, now + _GATHER_LONG) if self._heard.in_line else 0
+        gathered = now + _GATHER_BRIEFLY if is_awaited else max(now + _GATHER, later)
+        self._report_at = min(self._report_at, gathered)
         self.ring()
 
     def ring(self) -> None:
@@ -267,28 +266,29 @@ class Session:
                 each for each in all_heads if not self._is_blocked(each.seat.loop)
             ]
             is_urgent = self._outbox.batch.config is not None or self._outbox.batch.pause > 0
-            if self._in_line and not is_urgent:
+            if self._heard.in_line and not is_urgent:
                 self._place.fail_late(heads, *self._soonest)
         now = self._clock()
         if now >= self._forget_at:
             self._note_held_up(None)
         elif not heads and self.held_up is not None and self._forget_at >= NEVER:
-            left = self.held_up[1] - now
-            self._forget_at = now + max(_REMEMBER, min(left, _LEAVE_ALONE))
+            self._forget_at = now + _REMEMBER
         if self._health.is_gone:
             if now >= self._health.retry_at:
                 self._health.retry_at = NEVER
                 self._probe = self._spawn(self._send(None))
             await self._sleep(min(self._admit_alone(heads), self._health.retry_at, self._forget_at))
             return
-        if self._in_line and not heads:  # leave the store's line; whoever comes next asks anew
+        if (
+            self._heard.in_line and not heads
+        ):  # leave the store's line; whoever comes next asks anew
             self._ask_at = 0
         ask_at = max(self._ask_at, self._health.resume_at) if heads else self._forget_at
-        is_due = now >= ask_at if heads else self._in_line
+        is_due = now >= ask_at if heads else self._heard.in_line
         if is_due and not is_urgent and (until := self._await_loops(heads)):
             await self._sleep(min(until, self._report_at))
         elif is_due or is_urgent or now >= self._report_at:
-            await self._send(heads if is_due or self._in_line else None)
+            await self._send(heads if is_due or self._heard.in_line else None)
         else:
             await self._sleep(min(ask_at, self._report_at))
 
@@ -308,10 +308,9 @@ class Session:
             receipt = await self._ledger.commit(batch)
         except StoreError as error:
             self._health.fail(error)
-            self._in_line, self._ask_at = False, 0
+            self._heard, self._ask_at = Receipt(now=0), 0
             return
-        self._in_line, self._is_crowded = receipt.in_line, receipt.crowded
-        config = self._ledger.config
+        self._heard, config = receipt, self._ledger.config
         debts = self._health.note_answer(receipt, config)
         with self._place.lock():
             self._place.adopt(config)
@@ -324,7 +323,7 @@ class Session:
         if heads:
             self._answer_calls(heads, batch.calls, receipt, asked_at)
         self._let_go()
-        if self._in_line and (self._listener is None or self._listener.done()):
+        if self._heard.in_line and (self._listener is None or self._listener.done()):
             self._listener = self._spawn(self._listen())
 
     def _answer_calls(
@@ -341,11 +340,10 @@ class Session:
         halfway = receipt.now + (last - receipt.now) // 2
         ask_at = receipt.ask_at if receipt.in_line else max(last - _AHEAD, halfway)
         self._ask_at = max(now, ask_at + offset)
-        self._last_start = max(self._last_start, last + offset)
         held_up = None
         with self._place.lock():
             for waiter, amounts, booking in zip(heads, calls, receipt.bookings, strict=True):
-                if booking.outcome is Outcome.BOOKED:
+                if booking.start:
                     booked += 1
                     # It is earlier than the last if the store has lost its data.
                     record.book(amounts, max(record.last_start, booking.start))
@@ -353,7 +351,7 @@ class Session:
                     start = max(now, booking.start + offset)
                     given = Reservation(amounts, booking.start, start, booking.slot, bound_by)
                     self._place.reserve(waiter, given)
-                elif booking.outcome is Outcome.NEVER:
+                elif booking.exceeds:
                     self._place.refuse(waiter)
                 elif held_up is None and booking.bound_by is not None:
                     soonest = receipt.soonest - receipt.now + asked_at  # or later, by up to a trip
@@ -428,7 +426,7 @@ class Session:
     async def _listen(self) -> None:
         """Ask again when the store notifies, or at the time that it named."""
         assert self._ledger is not None
-        while self._in_line:
+        while self._heard.in_line:
             wait = max(0.01, (self._ask_at - self._clock()) * 1e-9)
             try:
                 is_called = await self._ledger.changed(timeout=wait)

@@ -20,7 +20,6 @@ from asyncbucket.stores.store import (
     Booking,
     Correction,
     LimitConfig,
-    Outcome,
     Receipt,
     Snapshot,
 )
@@ -311,10 +310,11 @@ class Turn:
         self._others = len(state.line()) - (me.need is not None)
         answers: list[Booking] = []
         stop: Booking | None = None
+        need: Amounts = {}
         for amounts in calls:
             answer = stop or self._answer(amounts)
             answers.append(answer)
-            if answer.outcome is Outcome.LATER and stop is None:
+            if not (answer.start or answer.exceeds or stop):
                 stop, need = answer, amounts
         if self._work:
             weights = sum(each.weight for each in state.workers.values()) - me.weight + weight
@@ -332,14 +332,14 @@ class Turn:
         state, now, me = self._state, self._now, self._me
         for window in state.windows.values():
             if amounts.get(window.limit.resource, 0) > window.amount:
-                return Booking(Outcome.NEVER, bound_by=window.limit.resource)
+                return Booking(bound_by=window.limit.resource, exceeds=True)
         slot = bool(amounts.get(SLOT))
         start, bound_by = state.earliest(amounts, now, 0 if self._work else me.first_since)
         if slot and state.free() <= 0:
-            return Booking(Outcome.LATER, bound_by=SLOT)
+            return Booking(bound_by=SLOT)
         if self._first is not None:
-            return Booking(Outcome.LATER, bound_by=bound_by or self._first.bound_by)
-        later = Booking(Outcome.LATER, bound_by=bound_by)
+            return Booking(bound_by=bound_by or self._first.bound_by)
+        later = Booking(bound_by=bound_by)
         if not self._work:
             if start > now + FAR:
                 self.ask_at = start - FAR
@@ -351,7 +351,7 @@ class Turn:
         state.book(amounts, start, bound_by if start > now else None)
         self._work += state.work(amounts)
         me.held += slot
-        return Booking(Outcome.BOOKED, start, bound_by, slot)
+        return Booking(start, bound_by, slot)
 
     def _wait(self, amounts: Amounts) -> None:
         """Say when to ask again for a first call that could not be booked; those before it have been called."""

@@ -41,7 +41,6 @@ again.
 import abc
 import asyncio
 import contextlib
-import enum
 import secrets
 from collections.abc import Coroutine
 from dataclasses import dataclass, replace
@@ -96,18 +95,6 @@ async def in_time(work: Coroutine[Any, Any, Any], patience: float, silence: str)
         raise StoreError(f"{silence} (waited {in_seconds(patience)})")
     finally:
         task.cancel()
-
-
-class Outcome(enum.Enum):
-    """What became of a call."""
-
-    #: Booked in all limits; it may go at `Booking.start`.
-    BOOKED = "booked"
-    #: Not booked: no slot is free, its start is farther ahead than `FAR`, or others come first.
-    #: Await `Ledger.changed`, and ask again at `Receipt.ask_at` at the latest.
-    LATER = "later"
-    #: Not booked: it costs more than a limit and can never pass.
-    NEVER = "never"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -211,16 +198,18 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Booking:
-    """Answer one call of a batch."""
+    """Answer one call of a batch; one without a start awaits `Ledger.changed`, and is sent again."""
 
-    outcome: Outcome
-    #: When the call may go, in ns of the store's clock; 0 unless booked.
+    #: When the call may go, in ns of the store's clock; 0 if it was not booked, because its start is
+    #: farther ahead than `FAR`, no slot is free, or others come first.
     start: int = 0
     #: What holds it up (a resource, ``"concurrency"`` for slots, ``"paused"``), or the limit it
     #: exceeds; None if nothing does.
     bound_by: str | None = None
     #: Whether it holds a slot, limited or not.
     slot: bool = False
+    #: It costs more than a limit and can never pass.
+    exceeds: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

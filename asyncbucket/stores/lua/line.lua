@@ -110,7 +110,7 @@ local function tell()
       local come = r.bound == SLOT and now or math.max(now, earliest(r.need, r.first) - FAR)
       if come < r.due - SOON then
         r.due, changed[name] = come, true
-        redis.call('PUBLISH', channel .. name, as_integer(come - now))
+        redis.call('PUBLISH', r.channel, as_integer(come - now) .. ' ' .. name)
       end
       if r.bound ~= SLOT then
         return

@@ -37,7 +37,7 @@ local verbs = {}
 function verbs.commit(seq, held, weight, corrections, calls, sets_config, pause, told)
   seq, held = tonumber(seq), tonumber(held)
   if sets_config == '1' then
-    redis.call('PUBLISH', channel .. worker, '-1') -- tells nobody, but is refused whom ACLs forbid to tell
+    redis.call('PUBLISH', channel, '-1 ' .. worker) -- tells nobody, but is refused whom ACLs forbid to tell
   end
   load(told)
   local is_new = redis.call('EXISTS', KEYS[1]) == 0
@@ -63,7 +63,7 @@ function verbs.commit(seq, held, weight, corrections, calls, sets_config, pause,
   s.lent, me.held = s.lent + held - me.held, held
   local a = admit(cjson.decode(calls), tonumber(weight))
   local rivals = s.short - (me.bound == SLOT and 1 or 0)
-  me.seq, me.text = seq, reply({
+  me.seq, me.channel, me.text = seq, channel, reply({
     answers = a.answers,
     ask = as_integer(a.ask),
     soonest = as_integer(a.soonest),
@@ -74,7 +74,7 @@ function verbs.commit(seq, held, weight, corrections, calls, sets_config, pause,
   })
   save(is_new)
   if is_new then
-    redis.call('PUBLISH', channel .. '*', '0')
+    redis.call('PUBLISH', 'asyncbucket:wake:*', '0 ' .. KEYS[1])
   end
   return me.text
 end

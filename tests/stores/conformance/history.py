@@ -9,7 +9,7 @@ from random import Random
 from asyncbucket.engine.limits import Limit
 from asyncbucket.engine.meters import Amounts
 from asyncbucket.stores.state import State
-from asyncbucket.stores.store import Batch, Correction, Ledger, LimitConfig, Outcome, Receipt
+from asyncbucket.stores.store import Batch, Correction, Ledger, LimitConfig, Receipt
 
 from .place import MILLISECOND, amount_of, config
 
@@ -72,7 +72,7 @@ class History:
         expected = self.state.apply(ledger.worker, batch, receipt.now, life=self.life)
         assert receipt == expected, (ledger.worker, batch)
         for call, booking in zip(batch.calls, receipt.bookings, strict=True):
-            if booking.outcome is Outcome.BOOKED and booking.start > self._changed:
+            if booking.start > self._changed:
                 self._booked.append((booking.start, call))
             self.held[ledger.worker] += booking.slot
 

@@ -12,7 +12,6 @@ from asyncbucket.stores.store import (
     Booking,
     Ledger,
     LimitConfig,
-    Outcome,
     Receipt,
     Snapshot,
     Store,
@@ -86,7 +85,10 @@ def terms(*limits: str, concurrency: int | None = None) -> LimitConfig:
 
 
 def outcomes(receipt: Receipt) -> list[str]:
-    return [booking.outcome.value for booking in receipt.bookings]
+    return [
+        "never" if each.exceeds else "booked" if each.start else "later"
+        for each in receipt.bookings
+    ]
 
 
 def batch(*calls: Amounts) -> Batch:
@@ -95,8 +97,7 @@ def batch(*calls: Amounts) -> Batch:
 
 def booked(receipt: Receipt) -> list[Booking]:
     """Return the bookings of a receipt, after checking that every call was booked."""
-    outcomes = [booking.outcome for booking in receipt.bookings]
-    assert set(outcomes) <= {Outcome.BOOKED}, f"not all calls were booked: {outcomes}"
+    assert set(outcomes(receipt)) <= {"booked"}, f"not all calls were booked: {outcomes(receipt)}"
     return list(receipt.bookings)
 
 
@@ -124,6 +125,6 @@ async def book(worker: Ledger, call: Amounts) -> Booking:
     """Ask like a session until ``call`` is booked."""
     while True:
         receipt = await worker.commit(batch(call))
-        if receipt.bookings[0].outcome is Outcome.BOOKED:
+        if receipt.bookings[0].start:
             return receipt.bookings[0]
         await worker.changed(timeout=max(0, receipt.ask_at - receipt.now) / SECOND)

@@ -190,8 +190,11 @@ class StoreConformance:
         await _find_no_slot(dead, living)
         freed = await holder.commit(Batch(held=0))
         receipt = await living.commit(batch(_CALL))
-        assert receipt.ask_at <= freed.now + SECOND
-        await book(living, _CALL)
+        if not receipt.bookings[
+            0
+        ].start:  # else this process was so slow that the dead one is late already
+            assert receipt.ask_at <= freed.now + SECOND
+            await book(living, _CALL)
 
     # --- what concerns all workers ---
 
