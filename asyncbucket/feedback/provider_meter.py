@@ -34,9 +34,7 @@ shortest slices that providers document are seconds; a burst that the user gave 
 `asyncbucket.feedback.remaining` holds calls back by what is left, where others use the same key.
 """
 
-import operator
-from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, Final, NamedTuple
 
 from asyncbucket.engine.limits import Limit
@@ -260,7 +258,7 @@ class ProviderMeter(Meter):
         self._heard = now, left
         if limit is not None and limit != self.announced:
             self.rate, self.announced = max(1, min(self.rate, limit)), limit
-            self._proof.reports.clear()
+            self._proof.run = None
         is_news = full_in is not None and self._proof.changes(
             left, full_in, now, self.announced, rounding
         )
@@ -334,14 +332,17 @@ class _Refused(NamedTuple):
     waves: int = 0
 
 
-class _Report(NamedTuple):
-    """What a reply says: R, what a bucket's size (times the window) is between then, when, and T."""
+class _Run(NamedTuple):
+    """Replies in a row that agree on the size of a bucket (times the window)."""
 
-    left: int
-    low: int
-    high: int
-    at: int
-    span: int
+    #: Between what it is.
+    least: int
+    most: int
+    #: The lowest and the highest R; since when they agree, and how many they are.
+    lowest: int
+    highest: int
+    since: int
+    count: int = 1
 
 
 @dataclass(slots=True)
@@ -354,9 +355,10 @@ class _Proof:
     #: How many units its bucket holds, or 0; and between what bounds (times the window) that lies.
     size: int = 0
     bounds: tuple[int, int] = 0, 0
-    #: How many replies said something of it, and the latest.
+    #: How many replies said something of it, the latest that agree, and how many rule a bucket out.
     heard: int = 0
-    reports: deque[_Report] = field(default_factory=lambda: deque[_Report](maxlen=_PROOF))
+    run: _Run | None = None
+    above: int = 0
 
     def changes(
         self, left: int, full_in: tuple[int, int], now: int, rate: int, rounding: int
@@ -365,29 +367,35 @@ class _Proof:
         span, off = full_in
         low = (left - rounding // 2) * self.window + rate * max(0, span - off)
         high = (left + 1 + rounding) * self.window + rate * (span + off)
-        self.reports.append(_Report(left, low, high, now, span))
+        whole = rate * self.window
+        noise = max(self.window, whole // _NOISE)
         self.heard += 1
+        self.above = self.above + 1 if low > whole + whole // 10 else 0
+        run = self.run
+        if run is None or max(run.least, low) > min(run.most, high) + noise:
+            run = _Run(low, high, left, left, now, 0)
+        self.run = run = _Run(
+            max(run.least, low),
+            min(run.most, high),
+            min(run.lowest, left),
+            max(run.highest, left),
+            # A log that is full agrees at all times: all of it is back after a window.
+            run.since if span < self.window // 2 else now,
+            run.count + 1,
+        )
         before = self.kind, self.size
-        if len(self.reports) == _PROOF:
-            self._judge(rate * self.window, rate)
+        apart = max((run.highest - run.lowest) * self.window, (now - run.since) * rate)
+        self._judge(run, whole, noise, is_apart=apart > high - low + noise)
         return before != (self.kind, self.size)
 
-    def _judge(self, whole: int, rate: int) -> None:
-        """Judge the latest reports of a limit of ``whole`` units (times the window)."""
-        lefts, lows, highs, dates, spans = zip(*self.reports, strict=True)
-        noise = max(self.window, whole // _NOISE)
-        if self.size:
-            low, high = self.bounds
-            if min(lows) > high + noise or max(highs) + noise < low:
-                self.kind, self.size = None, 0
+    def _judge(self, run: _Run, whole: int, noise: int, *, is_apart: bool) -> None:
+        least, most = self.bounds
+        if run.count < _PROOF:
+            if self.above >= _PROOF and not self.size:
+                self.kind = "window"
             return
-        least, most = max(lows), min(highs)
-        if least <= min(most, whole) + noise:
-            apart = (max(lefts) - min(lefts)) * self.window
-            if max(spans) < self.window // 2:  # else it may be a log that is full
-                apart = max(apart, (dates[-1] - dates[0]) * rate)
-            if apart > max(map(operator.sub, highs, lows)) + noise:
-                self.kind, self.bounds = "bucket", (least, most)
-                self.size = max(1, -(-least // self.window))
-        elif min(lows) > whole + whole // 10:
-            self.kind = "window"
+        if self.size and (run.least > most + noise or run.most + noise < least):
+            self.kind, self.size = None, 0
+        if not self.size and is_apart and run.least <= whole + noise:
+            self.kind, self.bounds = "bucket", (run.least, run.most)
+            self.size = max(1, -(-run.least // self.window))

@@ -143,6 +143,7 @@ def replies(
         ([(60 - n, n / 10) for n in range(1, 9)], 0, "bucket", 60),
         ([(0, 0.05 + n / 100) for n in range(4)], SECOND, "bucket", 1),
         ([(59, 0.1)] * 4, 0, None, 600),  # it says too little
+        ([(60 - n // 4, n // 4 / 10) for n in range(16)], 0, "bucket", 60),  # they come in bunches
         ([(599 - n, 60) for n in range(8)], SECOND // 10, "window", 600),
         ([(0, 60)] * 8, SECOND, None, 600),  # a log or a bucket, which is empty
         ([(599 - 20 * n, 40 - n) for n in range(8)], SECOND, "window", 600),
