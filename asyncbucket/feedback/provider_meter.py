@@ -21,12 +21,9 @@ others took what was left; and else by 30 once it is below three quarters of wha
 While calls are accepted it rises again, half of the way to the rate that was refused, and never
 above what the user told.
 
-*The proof.* If replies say how much remains (R) and in how long all will be back (T), a bucket of size
-B satisfies R + rate * T = B in every reply, whoever took what is missing. A window (a log of the last
-minute, or minutes of the clock) gives back later, and exceeds its limit by this. Four replies that
-agree, though they came at different levels or times, are a proof. From then on the bucket is the law
-of this limit, in place of the window (`Window.give_way`): all that it holds at once, and never more.
-Four that contradict it put the window in force again.
+`asyncbucket.feedback.proof` finds out from replies whether the provider counts by a bucket. If so, the
+bucket is the law of this limit, in place of the window (`Window.give_way`): all that it holds at once,
+and never more.
 
 *The start.* Before anything is known, a second's worth of the limit may pass at once, because the
 shortest slices that providers document are seconds; a burst that the user gave counts instead.
@@ -34,12 +31,12 @@ shortest slices that providers document are seconds; a burst that the user gave 
 `asyncbucket.feedback.remaining` holds calls back by what is left, where others use the same key.
 """
 
-from dataclasses import dataclass
 from typing import ClassVar, Final, NamedTuple
 
 from asyncbucket.engine.limits import Limit
 from asyncbucket.engine.meters import Meter
 from asyncbucket.engine.statistics import Belief
+from asyncbucket.feedback.proof import Proof
 from asyncbucket.feedback.remaining import Remaining
 
 #: Calls are not paced by a window longer than this (ns): only what replies say is left counts.
@@ -57,10 +54,6 @@ _MEMORY: Final = 2
 _NEAR: Final = 95
 _TAKEN: Final = 85
 _FAR: Final = 70
-#: So many replies that agree prove how the provider counts; so many that do not, disprove it.
-_PROOF: Final = 4
-#: Replies agree if they differ by no more than this fraction (1/1,000) of the limit, or is rounded.
-_NOISE: Final = 1_000
 #: So many instants of admission are remembered until their replies come.
 _REMEMBERED: Final = 4_096
 #: No more than this many calls are the smallest backlog, which is not halved.
@@ -98,10 +91,10 @@ class ProviderMeter(Meter):
         self._refused = _Refused()
         #: When the rate was changed last; when the latest report came, and what it said was left.
         self._rate_at, self._heard = -1, (-_JUST_NOW, 0)
-        self._proof = _Proof(limit.window)
+        self._proof = Proof(limit.window)
         #: Since when (ns) that is believed which is, and how many replies or refusals had shown it.
         self._believed = 0, 0
-        self._remaining = Remaining(limit, with_reserve=self.is_paced)
+        self._remaining = Remaining(limit, self._proof, with_reserve=self.is_paced)
 
     # --- what passes ---
 
@@ -265,10 +258,9 @@ class ProviderMeter(Meter):
         if is_news:
             self._believed = now, self._proof.heard
             self.size = min(self.size, self._top)
-        self._remaining.kind = self.kind
+            self._remaining.restart()
         self._remaining.hear(
             *(left, now, self._limit, now if since is None else since),
-            proven=self.proven,
             ours=self._backlog.level(now, self.rate),
             rounding=rounding,
         )
@@ -330,72 +322,3 @@ class _Refused(NamedTuple):
     rate: int = 0
     #: How many waves there were.
     waves: int = 0
-
-
-class _Run(NamedTuple):
-    """Replies in a row that agree on the size of a bucket (times the window)."""
-
-    #: Between what it is.
-    least: int
-    most: int
-    #: The lowest and the highest R; since when they agree, and how many they are.
-    lowest: int
-    highest: int
-    since: int
-    count: int = 1
-
-
-@dataclass(slots=True)
-class _Proof:
-    """What replies show of how the provider counts."""
-
-    window: int
-    #: "bucket" or "window", if that is proven.
-    kind: str | None = None
-    #: How many units its bucket holds, or 0; and between what bounds (times the window) that lies.
-    size: int = 0
-    bounds: tuple[int, int] = 0, 0
-    #: How many replies said something of it, the latest that agree, and how many rule a bucket out.
-    heard: int = 0
-    run: _Run | None = None
-    above: int = 0
-
-    def changes(
-        self, left: int, full_in: tuple[int, int], now: int, rate: int, rounding: int
-    ) -> bool:
-        """Take in a reply; return whether it changes what is known."""
-        span, off = full_in
-        low = (left - rounding // 2) * self.window + rate * max(0, span - off)
-        high = (left + 1 + rounding) * self.window + rate * (span + off)
-        whole = rate * self.window
-        noise = max(self.window, whole // _NOISE)
-        self.heard += 1
-        self.above = self.above + 1 if low > whole + whole // 10 else 0
-        run = self.run
-        if run is None or max(run.least, low) > min(run.most, high) + noise:
-            run = _Run(low, high, left, left, now, 0)
-        self.run = run = _Run(
-            max(run.least, low),
-            min(run.most, high),
-            min(run.lowest, left),
-            max(run.highest, left),
-            # A log that is full agrees at all times: all of it is back after a window.
-            run.since if span < self.window // 2 else now,
-            run.count + 1,
-        )
-        before = self.kind, self.size
-        apart = max((run.highest - run.lowest) * self.window, (now - run.since) * rate)
-        self._judge(run, whole, noise, is_apart=apart > high - low + noise)
-        return before != (self.kind, self.size)
-
-    def _judge(self, run: _Run, whole: int, noise: int, *, is_apart: bool) -> None:
-        least, most = self.bounds
-        if run.count < _PROOF:
-            if self.above >= _PROOF and not self.size:
-                self.kind = "window"
-            return
-        if self.size and (run.least > most + noise or run.most + noise < least):
-            self.kind, self.size = None, 0
-        if not self.size and is_apart and run.least <= whole + noise:
-            self.kind, self.bounds = "bucket", (run.least, run.most)
-            self.size = max(1, -(-run.least // self.window))

@@ -32,6 +32,7 @@ from typing import Final
 
 from asyncbucket.engine.limits import Limit
 from asyncbucket.engine.meters import Window
+from asyncbucket.feedback.proof import Proof
 
 #: Less than this fraction (1/32) of the limit is noise: calls may arrive in another order.
 _NOISE: Final = 32
@@ -56,41 +57,28 @@ class Remaining:
 
     Args:
         limit: the limit, ours.
-        with_reserve: whether to estimate what others take: a short observation does not tell how
-            much they take in a day.
+        proof: what is known of how the provider counts.
+        with_reserve: whether to estimate what others take.
     """
 
-    def __init__(self, limit: Limit, *, with_reserve: bool) -> None:
+    def __init__(self, limit: Limit, proof: Proof, *, with_reserve: bool) -> None:
         self.amount, self.window = limit.units, limit.window
-        #: How the provider counts, as far as that is proven: see `ProviderMeter.kind`.
-        self.kind: str | None = None
+        self._proof = proof
         #: What was left at ``_level_at``, as far as is known; None before the first report.
         self._level: int | None = None
         self._level_at = self._last_report = 0
-        self._proven = 0
-        #: By how much less than the limit comes back per window, and what is expected to come back.
-        self._missing = 0
-        self._growth = limit.units
-        #: What the latest report said was left, at least, and the most that was ever left.
-        self._reported_left = self._most_left = 0
-        #: Units that we booked, in the last window and ever.
+        #: By how much less than the limit comes back per window; and the most that was ever left.
+        self._missing = self._most_left = 0
+        #: Units that we booked in the last window.
         self._ours = Window(replace(limit, burst=limit.amount, resets=None))
-        self._booked = 0
-        #: What others take of the limit.
-        self.others = Others(limit.units, limit.window) if with_reserve else None
-        #: Until when our bookings reach if spread evenly, and when we last booked.
-        self._spread_until = self._last_booking = 0
+        #: What others take; a short observation does not tell how much they take in a day.
+        self.others = Others(limit)
+        self._has_reserve = with_reserve
+        #: What the latest report said was left, at least.
+        self._reported_left = 0
 
     def hear(
-        self,
-        left: int,
-        now: int,
-        amount: int,
-        since: int,
-        *,
-        proven: int = 0,
-        ours: int = 0,
-        rounding: int = 0,
+        self, left: int, now: int, amount: int, since: int, *, ours: int = 0, rounding: int = 0
     ) -> None:
         """Correct the expectation by what a reply says.
 
@@ -99,44 +87,43 @@ class Remaining:
             now: the instant.
             amount: the limit, the provider's or ours, whichever is lower.
             since: when the call was sent that the reply answers.
-            proven: the size of the provider's bucket, or 0.
-            ours: what it lacks because of us.
+            ours: what a bucket lacks because of us.
             rounding: by how many units ``left`` may have been rounded down.
         """
         if amount != self.amount:  # what was expected under the old one no longer counts
             self.amount = amount
             self._ours.reshape(replace(self._ours.limit, amount=amount, burst=amount), now)
             self._level, self._missing = None, 0
-        before = self._last_report if self._level is not None else now
+        proven, before = self._proof.size, now if self._level is None else self._last_report
         booked_since = sum(units for date, units in self._ours.entries() if date > since)
         back = -(-self.amount * max(0, now - since) // self.window)
         low, high = left - booked_since, min(left + rounding + back, proven or left + self.amount)
         expected = self._expected_level(now)
-        if expected is None or proven != self._proven:
-            most = (
-                min(proven - ours, left + back - booked_since) - self.amount * _LATE // self.window
-            )
-            expected = self.window * max(low, most if proven else low)
-        self._proven = proven
-        self._most_left = proven or min(amount, max(self._most_left, high))
-        self._correct(expected, low, high, now, _NOISE if proven else _SMALL)
-        if self.others is not None:
-            ours = amount - self._ours.available(now)
-            taken = max(amount - ours, left) - high  # its limit may be far above ours
-            used, uncertainty = -high - self._booked, booked_since + rounding
-            self.others.update(used, now, before, taken, uncertainty, at_most=self._missing)
-
-    def _correct(self, expected: int, low: int, high: int, now: int, small: int) -> None:
-        """Move the level into the interval that a reply names, and update what is missing."""
-        self._reported_left = low
+        if expected is None:
+            likely = min(proven - ours, low + back) - amount * _LATE // self.window
+            expected = self.window * max(low, likely if proven else low)
         self._level = min(max(expected, low * self.window), high * self.window)
         since_report = now - self._last_report + self.window // _SMOOTHING
         shortfall = (expected - self._level) // since_report
-        self._missing = min(self.amount, max(0, self._missing + shortfall))
-        if self._most_left * small < self.amount:
+        self._missing = min(amount, max(0, self._missing + shortfall))
+        self._most_left = proven or min(amount, max(self._most_left, high))
+        if self._most_left * (_NOISE if proven else _SMALL) < amount:
             self._missing = 0
         self._level_at = self._last_report = now
-        self._growth = max(self.amount - self._missing, self.amount // _LEAST, 1)
+        self._reported_left = low
+        if self._has_reserve:
+            taken = max(self._ours.available(now), left) - high  # its limit may be above ours
+            uncertainty = booked_since + rounding
+            self.others.update(high, now, before, taken, uncertainty, at_most=self._missing)
+
+    def restart(self) -> None:
+        """Expect anew at the next reply, because how the provider counts is another than was believed."""
+        self._level = None
+
+    @property
+    def _growth(self) -> int:
+        """What is expected to come back per window."""
+        return max(self.amount - self._missing, self.amount // _LEAST, 1)
 
     def earliest(self, amount: int, now: int) -> int:
         """Return when ``amount`` may pass, if nothing else is booked or heard."""
@@ -145,20 +132,17 @@ class Remaining:
         if level is None:
             return now
         when = now
-        if needed > level and self.kind != "window":  # nothing flows in to those
+        if needed > level and self._proof.kind != "window":  # nothing flows in to those
             when = max(now, self._level_at) - -(needed - level) // self._growth
         reserve = self._reserve(amount)
         if reserve:
-            when = max(when, self._earliest_evenly(amount, now, reserve))
+            when = max(when, self._earliest_evenly(min(amount, self.amount), now, reserve))
         return min(when, self._last_report + _MEMORY * self.window)
 
     def _earliest_evenly(self, amount: int, now: int, reserve: int) -> int:
         """Return when ``amount`` may pass so that we take evenly what others leave."""
-        amount = min(amount, self.amount)
-        cost = amount * self.window // (self.amount - reserve)
-        even = self._spread_until - max(0, self.window // _AT_ONCE - cost)
-        when = max(even, self._ours.earliest(amount + reserve, now))
-        return min(when, self._last_booking + self.window // _LEAST)
+        fits = self._ours.earliest(amount + reserve, now)
+        return self.others.earliest(amount, fits, self.amount - reserve)
 
     def book(self, amount: int, when: int) -> None:
         """Take ``amount`` at ``when``, whether or not it may pass."""
@@ -166,20 +150,15 @@ class Remaining:
         if level is not None:
             self._level = level - amount * self.window
             self._level_at = max(self._level_at, when)
-        self._booked += amount
         self._ours.book(amount, when)
-        # What is spread evenly reaches no further than a window.
-        until = max(self._spread_until, when) + self._spacing(amount)
-        self._spread_until = min(until, when + self.window)
-        self._last_booking = when
+        self.others.book(amount, when, self.amount - self._reserve(amount))
 
     def unbook(self, amount: int, when: int, *, left: int = 0) -> None:
         """Give back what was booked at ``when``; what was before the latest report is counted in it."""
         if self._level is not None and when >= self._last_report:
             self._level += amount * self.window
-        self._booked -= amount
         self._ours.unbook(amount, when, left=left)
-        self._spread_until -= self._spacing(amount)
+        self.others.unbook(amount, self.amount - self._reserve(amount))
 
     def available(self, now: int) -> int:
         """Return what is left, including any reserve for others."""
@@ -197,74 +176,87 @@ class Remaining:
         level, at = self._level, self._level_at
         if level is None or now >= self._last_report + _MEMORY * self.window:
             return None
-        if now <= at:
-            return level
-        return min(
-            level + (now - at) * self._growth, max(level, self._most_left * self.window, needed)
-        )
+        most = max(level, self._most_left * self.window, needed)
+        return min(level + max(0, now - at) * self._growth, most)
 
     def _needed_level(self, amount: int) -> int:
         """Return the level at which ``amount`` may pass."""
-        if self.kind == "bucket" and self.others is not None and self.others.estimate:
+        if self._proof.size and self.others.estimate:
             amount += min(2 * (self.others.at_once + amount), self._most_left // 2)
         return amount * self.window
 
     def _reserve(self, amount: int) -> int:
         """Return what is left to others in a window, if calls cost about ``amount``."""
-        if self.others is None or not self.others.estimate or self.kind == "bucket":
+        if self._proof.size or not self.others.estimate:
             return 0
-        others = self.others.estimate
-        reserve = others + isqrt(3 * others * max(amount, self.others.at_once // 4, 1))
+        reserve = self.others.reserve(amount)
         if self._reported_left >= reserve + self.amount:  # there is enough for all
             return 0
         return max(0, min(reserve, self.amount - max(amount, self.amount // _LEAST)))
-
-    def _spacing(self, amount: int) -> int:
-        """Return the time (ns) between calls of ``amount`` in an even flow."""
-        return amount * self.window // max(1, self.amount - self._reserve(amount))
 
 
 class Others:
     """Estimate what others take in a window: what they must have taken, however it is counted."""
 
-    def __init__(self, amount: int, window: int) -> None:
-        self._window = window
-        self._noise = amount // _NOISE
-        #: The lowest usage beyond our bookings so far; None before any report.
-        self._lowest: int | None = None
-        self._lowest_at = 0
-        self._mean = 0
-        #: How much they take at once, at most; and what was used when we heard last.
-        self.at_once = 0
+    def __init__(self, limit: Limit) -> None:
+        self._noise, self._window = limit.units // _NOISE, limit.window
+        #: The lowest usage beyond our bookings so far, and when that was; None before any report.
+        self._lowest: tuple[int, int] | None = None
+        #: What was used beyond our bookings when we heard last; and what we booked ever.
         self._used: int | None = None
-        #: Units per window.
-        self.estimate = 0
+        self._booked = 0
+        #: How much they take at once, at most; and units per window, now and as a mean that fades.
+        self.at_once = self.estimate = self._mean = 0
+        #: Until when our bookings reach if they come evenly, and when we last booked.
+        self._even_until = self._last_booking = 0
 
     def update(
-        self, used: int, now: int, since: int, in_window: int, uncertainty: int, *, at_most: int
+        self, left: int, now: int, since: int, in_window: int, uncertainty: int, *, at_most: int
     ) -> None:
-        """Take in that ``used`` units or up to ``uncertainty`` more were used beyond our bookings.
+        """Take in that ``left`` units were left, or up to ``uncertainty`` less.
 
         Args:
-            used: counted from any zero; only differences matter.
+            left: units left, at most.
             now: the instant.
             since: when the report before this one came.
-            in_window: how much of it lies in the last window, at least.
+            in_window: what was used beyond our bookings in the last window, at least.
             uncertainty: what we booked recently, which those numbers may or may not include.
             at_most: what comes back in a window less than the limit would bring.
         """
+        used = -left - self._booked  # counted from any zero; only differences matter
         jump = 0 if self._used is None else used - self._used - uncertainty
         faded = self.at_once * (now - since) // self._window
         self._used, self.at_once = used, max(jump, self.at_once - faded, 0)
-        if self._lowest is None or used + uncertainty <= self._lowest:  # that much has come back
-            self._lowest, self._lowest_at = used + uncertainty, now
+        if self._lowest is None or used + uncertainty <= self._lowest[0]:  # so much has come back
+            self._lowest = used + uncertainty, now
         latest = 0 if in_window <= self._noise else in_window + uncertainty // 2
-        taken = used - self._lowest
+        taken, elapsed = used - self._lowest[0], now - self._lowest[1]
         if taken > self._noise:
-            elapsed = max(now - self._lowest_at, self._window // _SMOOTHING // 2)
+            elapsed = max(elapsed, self._window // _SMOOTHING // 2)
             latest = max(latest, (taken + uncertainty // 2) * self._window // elapsed)
         latest = min(latest, at_most)
         # The estimate rises faster than it falls.
         memory = self._window // 2 if latest > self._mean else _MEMORY * self._window
         self._mean += (latest - self._mean) * (now - since) // (memory + now - since)
         self.estimate = max(latest, self._mean)
+
+    def reserve(self, amount: int) -> int:
+        """Return what to leave to them in a window, if our calls cost about ``amount``."""
+        return self.estimate + isqrt(3 * self.estimate * max(amount, self.at_once // 4, 1))
+
+    def earliest(self, amount: int, fits: int, ours: int) -> int:
+        """Return when ``amount`` that ``fits`` by then may pass so that ``ours`` comes evenly."""
+        ahead = max(0, self._window // _AT_ONCE - amount * self._window // ours)
+        when = max(fits, self._even_until - ahead)
+        return min(when, self._last_booking + self._window // _LEAST)
+
+    def book(self, amount: int, when: int, ours: int) -> None:
+        """Take ``amount`` of what is ``ours`` of a window; that reaches no further than a window."""
+        self._booked += amount
+        until = max(self._even_until, when) + amount * self._window // max(1, ours)
+        self._even_until, self._last_booking = min(until, when + self._window), when
+
+    def unbook(self, amount: int, ours: int) -> None:
+        """Give back what was booked."""
+        self._booked -= amount
+        self._even_until -= amount * self._window // max(1, ours)
