@@ -391,7 +391,7 @@ def wait_for_slots(pacer: Any, now: int) -> int:
     }
     says = (
         "no call has passed for %.0f s: open leases hold %s; if those calls are over, release their "
-        "leases (`async with` does)"
+        "leases (`async with` does); if they wait for calls inside, give those a limiter of their own"
     )
     seconds = (now - pacer.since) * 1e-9
     pacer.news.append(partial(_log.warning, says, seconds, ", ".join(sorted(held))))
