@@ -410,9 +410,16 @@ class Window(Meter):
         amount = min(amount, self.amount - self.used)
         if amount <= 0:
             return
+        index = bisect.bisect_left(self._dates, when)
+        following = self._dates[index] if index < len(self._dates) else self._last
         if self._calendar is not None or when > self._last:
             self._book(amount, max(when, self._last))
-        else:  # by the first entry that was booked then or later
+        elif when > self._forgotten and following - when > _JITTER * self.grain:
+            self._dates, self._units = self._dates or [], self._units or []
+            self._dates.insert(index, when)
+            self._units.insert(index, amount)
+            self.used, self._closed = self.used + amount, self._closed + amount
+        else:
             self._unbook(-amount, when)
         self._largest += amount
 

@@ -28,6 +28,8 @@ from asyncbucket.stores.store import (
 STEP: Final = 500_000_000
 #: The shortest time (ns) before a worker asks again on account of the clock alone.
 SOON: Final = 5_000_000
+#: A worker takes back slots that it gives back, until another that holds as many has waited this long (ns) for each.
+HANDOVER: Final = 10_000_000
 #: How much work (ns) is booked at a time.
 TURN: Final = 40_000_000
 #: So many workers of the line are looked at, behind the first.
@@ -54,7 +56,8 @@ class Worker:
     #: What its first call costs, None if none waits; and what that waits for.
     need: dict[str, int] | None = None
     bound_by: str | None = None
-    #: Since when it has been the first; 0 while others come first.
+    #: Since when it waits, and since when it has been the first; 0 while others come first.
+    since: int = 0
     first_since: int = 0
     #: When it asks again: when its turn comes, or by itself.
     due: int = 0
@@ -64,8 +67,10 @@ class Worker:
         """Whether it waits for a slot."""
         return self.bound_by == SLOT
 
-    def wait(self, need: Amounts | None, bound_by: str | None, weight: int) -> None:
+    def wait(self, need: Amounts | None, bound_by: str | None, weight: int, now: int) -> None:
         """Note what it waits for; nothing if ``need`` is None."""
+        if self.need is None:
+            self.since = now
         if need is None:
             self.first_since = 0
         self.need = None if need is None else dict(need)
@@ -117,8 +122,9 @@ class State:
         if worker not in self.workers:
             self.workers[worker], self.grown = Worker(0), now
         me = self.workers[worker]
-        me.until, me.held = now + life, batch.held or 0
-        turn = Turn(self, worker, now)
+        me.until, before = now + life, me.held
+        me.held = batch.held or 0
+        turn = Turn(self, worker, now, gave=me.held < before)
         bookings = turn.run(batch.calls, batch.waiting)
         left = self._left(now)
         rivals = sum(each.is_full for each in self.workers.values()) - me.is_full
@@ -262,7 +268,7 @@ class State:
         for name in self.line()[: AHEAD + 1]:
             each = self.workers[name]
             if each.due < now - LATE:
-                each.wait(None, None, 0)
+                each.wait(None, None, 0, now)
             else:
                 found.append(name)
         return found
@@ -285,8 +291,10 @@ class State:
 class Turn:
     """One batch's calls on their way through the state: booked in order, until one has to wait."""
 
-    def __init__(self, state: State, worker: str, now: int) -> None:
+    def __init__(self, state: State, worker: str, now: int, *, gave: bool) -> None:
         self._state, self._worker, self._now = state, worker, now
+        #: Whether it has just given back slots, and may take them back.
+        self._gave = gave
         self._me = me = state.workers[worker]
         if me.need is not None:
             me.due = now  # whenever it comes, it stands where it stood
@@ -305,7 +313,7 @@ class Turn:
         """Return the answers."""
         state, me = self._state, self._me
         first = next(iter(state.heads(self._now)), self._worker) if calls else self._worker
-        if first != self._worker and state.workers[first].tag <= me.tag:
+        if first != self._worker and not self._keeps(state.workers[first]):
             self._first = state.workers[first]
         self._others = len(state.line()) - (me.need is not None)
         answers: list[Booking] = []
@@ -317,15 +325,23 @@ class Turn:
             if not (answer.start or answer.exceeds or stop):
                 stop, need = answer, amounts
         if self._work:
+            me.since = self._now
             weights = sum(each.weight for each in state.workers.values()) - me.weight + weight
             state.virtual = max(state.virtual, me.tag) + math.floor(self._work * 1_000 / weights)
             me.tag += math.floor(self._work * 1_000 / weight)
-        me.wait(need if stop else None, stop.bound_by if stop else None, weight if stop else 0)
+        bound_by = stop.bound_by if stop else None
+        me.wait(need if stop else None, bound_by, weight if stop else 0, self._now)
         me.due = self._now
         state.call(self._now)
         if stop:
             self._wait(need)
         return tuple(answers)
+
+    def _keeps(self, first: Worker) -> bool:
+        """Tell whether it comes before ``first``, by its tag or because it takes back slots."""
+        me, has_waited = self._me, self._now >= first.since + first.held * HANDOVER
+        is_back = self._gave and first.is_full and first.held >= me.held and not has_waited
+        return first.tag > me.tag or is_back
 
     def _answer(self, amounts: Amounts) -> Booking:
         """Book a call, or say what it has to wait for."""

@@ -2,8 +2,8 @@
 -- asyncbucket/stores/store.py; state.py follows them, too.
 --
 -- A record says of a worker how many slots it holds (`held`), its `tag` and `weight`, what its first call costs (`need`; nil if
--- none waits), what that waits for (`bound`), since when it has been first (`first`; 0: others come first), and when
--- it is `due` to ask again.
+-- none waits), what that waits for (`bound`), since when it waits (`since`) and has been first (`first`;
+-- 0: others come first), and when it is `due` to ask again.
 
 local EXCEEDS = -1 -- instead of a start: such a call can never pass
 
@@ -35,7 +35,7 @@ local function earliest(call, since)
 end
 
 local function new_record()
-  return { held = 0, tag = 0, weight = 0, due = 0, first = 0 }
+  return { held = 0, tag = 0, weight = 0, due = 0, first = 0, since = 0 }
 end
 
 local function record_of(name)
@@ -52,6 +52,7 @@ end
 local function change(name, held, need, bound, weight)
   local r = record_of(name)
   weight = need and weight or 0
+  r.since = r.need and r.since or now
   s.lent, s.weights = s.lent + held - r.held, s.weights + weight - r.weight
   s.short = s.short + (bound == SLOT and 1 or 0) - (r.bound == SLOT and 1 or 0)
   r.held, r.need, r.bound, r.weight, changed[name] = held, need, bound, weight, true
@@ -172,8 +173,9 @@ local function wait(a, me, call)
   end
 end
 
--- Book `calls`, in order; the first that has to wait stops those behind.
-local function admit(calls, weight)
+-- Book `calls`, in order; the first that has to wait stops those behind. A worker that has just given back slots
+-- (`gave`) may take them again before another that holds as many, until that has waited.
+local function admit(calls, weight, gave)
   local me = record_of(worker)
   if me.need then
     me.due = now -- whenever it comes, it stands where it stood
@@ -183,7 +185,11 @@ local function admit(calls, weight)
   end
   local a, stop = { answers = {}, work = 0, ask = 0, soonest = 0, bound = '' }, nil
   local first = #calls > 0 and heads()[1] or worker
-  a.first = first ~= worker and record_of(first).tag <= me.tag and first or nil
+  local r = record_of(first)
+  if first ~= worker and r.tag <= me.tag then
+    local keeps = gave and r.bound == SLOT and r.held >= me.held and now < r.since + r.held * HANDOVER
+    a.first = not keeps and first or nil
+  end
   a.others = redis.call('ZCARD', KEYS[3]) - (me.need and 1 or 0)
   for _, call in ipairs(calls) do
     local start, bound = EXCEEDS, nil
@@ -200,6 +206,7 @@ local function admit(calls, weight)
     a.answers[#a.answers + 1] = { start, bound }
   end
   if a.work > 0 then
+    me.since = now
     s.virtual = math.max(s.virtual, me.tag) + math.floor(a.work * 1000 / (s.weights - me.weight + weight))
     me.tag = me.tag + math.floor(a.work * 1000 / weight)
   end

@@ -9,6 +9,7 @@
 
 local ENTRY = '<dd'
 local LOWS = 511 -- a bucket remembers so many
+local JITTER = 3 -- entries fewer grains apart count as one
 
 local now = 0 -- the server's clock, plus the `offset` by which it has been set back
 local offset = 0
@@ -131,13 +132,9 @@ local function window_book(m, amount, when)
   w.used, w.recent, w.last = w.used + amount, w.recent + amount, when
 end
 
--- Give back what was booked at `when`, or, if `amount` is negative, owe more since then.
-local function window_unbook(m, amount, when)
-  local w = m.w
-  if when <= w.forgotten or when > w.last then
-    return
-  end
-  local low, high = w.head, w.tail
+-- The first entry dated `when` or later, or `tail`.
+local function window_find(m, when)
+  local low, high = m.w.head, m.w.tail
   while low < high do
     local middle = math.floor((low + high) / 2)
     if entry(m, middle) < when then
@@ -146,10 +143,20 @@ local function window_unbook(m, amount, when)
       high = middle
     end
   end
-  if low < w.tail then
-    local date, units = entry(m, low)
+  return low
+end
+
+-- Give back what was booked at `when`, or, if `amount` is negative, owe more since then.
+local function window_unbook(m, amount, when)
+  local w = m.w
+  if when <= w.forgotten or when > w.last then
+    return
+  end
+  local i = window_find(m, when)
+  if i < w.tail then
+    local date, units = entry(m, i)
     amount = math.min(amount, units)
-    put(m, low, date, units - amount)
+    put(m, i, date, units - amount)
   else
     amount = math.min(amount, w.recent)
     w.recent = w.recent - amount
@@ -282,11 +289,23 @@ local function meter_fill(m, amount, when, date)
     end
   end
   amount = math.min(amount, m.amount - w.used)
-  if amount > 0 and (w.resets ~= '' or when > w.last) then
+  if amount <= 0 then
+    return
+  elseif w.resets ~= '' or when > w.last then
     window_book(m, amount, math.max(when, w.last))
-  elseif amount > 0 then
-    window_unbook(m, -amount, when)
+    return
   end
+  local i = window_find(m, when)
+  local following = i < w.tail and entry(m, i) or w.last
+  if when <= w.forgotten or following - when <= JITTER * m.grain then
+    window_unbook(m, -amount, when)
+    return
+  end
+  for n = w.tail - 1, i, -1 do
+    put(m, n + 1, entry(m, n))
+  end
+  put(m, i, when, amount)
+  w.tail, w.used = w.tail + 1, w.used + amount
 end
 
 local function meter_unbook(m, amount, when, left)
