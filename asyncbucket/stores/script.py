@@ -44,7 +44,7 @@ _CONSTANTS: Final = {
     "AHEAD": state.AHEAD,
     "FAR": FAR // GRAIN,
     "LATE": LATE // GRAIN,
-} | {name: getattr(state, name) // GRAIN for name in ("HANDOVER", "SOON", "STEP", "TURN")}
+} | {name: getattr(state, name) // GRAIN for name in ("SOON", "STEP", "TURN")}
 #: The most that one call may have used: a larger debt would be the same, as it is never paid off.
 _MAX_USED: Final = MAX_AMOUNT << 6
 

@@ -28,8 +28,6 @@ from asyncbucket.stores.store import (
 STEP: Final = 500_000_000
 #: The shortest time (ns) before a worker asks again on account of the clock alone.
 SOON: Final = 5_000_000
-#: A worker takes back slots that it gives back, until another that holds as many has waited this long (ns) for each.
-HANDOVER: Final = 10_000_000
 #: How much work (ns) is booked at a time.
 TURN: Final = 40_000_000
 #: So many workers of the line are looked at, behind the first.
@@ -56,8 +54,7 @@ class Worker:
     #: What its first call costs, None if none waits; and what that waits for.
     need: dict[str, int] | None = None
     bound_by: str | None = None
-    #: Since when it waits, and since when it has been the first; 0 while others come first.
-    since: int = 0
+    #: Since when it has been the first; 0 while others come first.
     first_since: int = 0
     #: When it asks again: when its turn comes, or by itself.
     due: int = 0
@@ -67,10 +64,8 @@ class Worker:
         """Whether it waits for a slot."""
         return self.bound_by == SLOT
 
-    def wait(self, need: Amounts | None, bound_by: str | None, weight: int, now: int) -> None:
+    def wait(self, need: Amounts | None, bound_by: str | None, weight: int) -> None:
         """Note what it waits for; nothing if ``need`` is None."""
-        if self.need is None:
-            self.since = now
         if need is None:
             self.first_since = 0
         self.need = None if need is None else dict(need)
@@ -122,12 +117,11 @@ class State:
         if worker not in self.workers:
             self.workers[worker], self.grown = Worker(0), now
         me = self.workers[worker]
-        me.until, before = now + life, me.held
-        me.held = batch.held or 0
-        turn = Turn(self, worker, now, gave=me.held < before)
+        me.until, me.held = now + life, batch.held or 0
+        turn = Turn(self, worker, now)
         bookings = turn.run(batch.calls, batch.waiting)
         left = self._left(now)
-        rivals = sum(each.is_full for each in self.workers.values()) - me.is_full
+        rivals = self.short() - me.is_full
         return Receipt(
             now=now,
             bookings=bookings,
@@ -161,6 +155,15 @@ class State:
     def free(self) -> int:
         """Return how many slots are free."""
         return self._slots() - sum(each.held for each in self.workers.values())
+
+    def share(self) -> int:
+        """Return how many slots a worker may hold while another waits for one."""
+        claims = sum(each.held > 0 or each.need is not None for each in self.workers.values())
+        return -(-self._slots() // max(1, claims))
+
+    def short(self) -> int:
+        """Return how many workers wait for a slot."""
+        return sum(each.is_full for each in self.workers.values())
 
     def work(self, amounts: Amounts) -> float:
         """Return how much work (us of the limit that binds most) a call is."""
@@ -268,7 +271,7 @@ class State:
         for name in self.line()[: AHEAD + 1]:
             each = self.workers[name]
             if each.due < now - LATE:
-                each.wait(None, None, 0, now)
+                each.wait(None, None, 0)
             else:
                 found.append(name)
         return found
@@ -277,7 +280,8 @@ class State:
         """Note whose turn it is: as many as there are free slots, or the first that waits for units."""
         free = self.free()
         for each in map(self.workers.__getitem__, self.heads(now)):
-            if each.need is None or (each.is_full and free <= 0):
+            has_share = each.held >= self.share() and self.short() > 1
+            if each.need is None or (each.is_full and (free <= 0 or has_share)):
                 continue
             start = 0 if each.is_full else self.earliest(each.need, now, each.first_since)[0] - FAR
             come = max(now, start)
@@ -291,10 +295,8 @@ class State:
 class Turn:
     """One batch's calls on their way through the state: booked in order, until one has to wait."""
 
-    def __init__(self, state: State, worker: str, now: int, *, gave: bool) -> None:
+    def __init__(self, state: State, worker: str, now: int) -> None:
         self._state, self._worker, self._now = state, worker, now
-        #: Whether it has just given back slots, and may take them back.
-        self._gave = gave
         self._me = me = state.workers[worker]
         if me.need is not None:
             me.due = now  # whenever it comes, it stands where it stood
@@ -303,7 +305,7 @@ class Turn:
             me.tag = max(me.tag, state.joined)
         #: Who comes before it, how many others wait, and how much (us of work) it got.
         self._first: Worker | None = None
-        self._others = 0
+        self._others, self._is_contended = 0, False
         self._work = 0.0
         #: Calls that would start later than this have to ask again.
         self._latest = 0
@@ -312,9 +314,9 @@ class Turn:
     def run(self, calls: tuple[Amounts, ...], weight: int) -> tuple[Booking, ...]:
         """Return the answers."""
         state, me = self._state, self._me
-        first = next(iter(state.heads(self._now)), self._worker) if calls else self._worker
-        if first != self._worker and not self._keeps(state.workers[first]):
-            self._first = state.workers[first]
+        if calls:
+            self._first = self._before()
+        self._is_contended = state.short() > me.is_full
         self._others = len(state.line()) - (me.need is not None)
         answers: list[Booking] = []
         stop: Booking | None = None
@@ -325,23 +327,25 @@ class Turn:
             if not (answer.start or answer.exceeds or stop):
                 stop, need = answer, amounts
         if self._work:
-            me.since = self._now
             weights = sum(each.weight for each in state.workers.values()) - me.weight + weight
             state.virtual = max(state.virtual, me.tag) + math.floor(self._work * 1_000 / weights)
             me.tag += math.floor(self._work * 1_000 / weight)
         bound_by = stop.bound_by if stop else None
-        me.wait(need if stop else None, bound_by, weight if stop else 0, self._now)
+        me.wait(need if stop else None, bound_by, weight if stop else 0)
         me.due = self._now
         state.call(self._now)
         if stop:
             self._wait(need)
         return tuple(answers)
 
-    def _keeps(self, first: Worker) -> bool:
-        """Tell whether it comes before ``first``, by its tag or because it takes back slots."""
-        me, has_waited = self._me, self._now >= first.since + first.held * HANDOVER
-        is_back = self._gave and first.is_full and first.held >= me.held and not has_waited
-        return first.tag > me.tag or is_back
+    def _before(self) -> Worker | None:
+        """Return who comes before it: not who waits for a slot, and has its share of them."""
+        for each in map(self._state.workers.__getitem__, self._state.heads(self._now)):
+            if each is self._me or each.tag > self._me.tag:
+                return None
+            if not each.is_full or each.held < self._state.share():
+                return each
+        return None
 
     def _answer(self, amounts: Amounts) -> Booking:
         """Book a call, or say what it has to wait for."""
@@ -351,7 +355,8 @@ class Turn:
                 return Booking(bound_by=window.limit.resource, exceeds=True)
         slot = bool(amounts.get(SLOT))
         start, bound_by = state.earliest(amounts, now, 0 if self._work else me.first_since)
-        if slot and state.free() <= 0:
+        is_full = self._is_contended and me.held >= state.share()
+        if slot and (state.free() <= 0 or is_full):
             return Booking(bound_by=SLOT)
         if self._first is not None:
             return Booking(bound_by=bound_by or self._first.bound_by)

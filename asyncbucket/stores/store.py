@@ -19,7 +19,8 @@ and nobody is overtaken for ever. Of a worker the store keeps one record: its ta
 costs, and when it is due. A turn is 40 ms of the limit, and costs O(log n).
 
 Who is first is told when its call can be booked, the others when their turn has come. `changed` returns
-then. A worker that is more than `LATE` behind its turn leaves the line until it comes.
+then. A worker that is more than `LATE` behind its turn leaves the line until it comes. Nobody holds more than
+concurrency / workers slots, rounded up, while another waits for one.
 
 A worker lives for `slot_ttl` after each batch. When it is silent for longer, its place and its
 slots come back; if it comes again, the slots that it holds count again.

@@ -2,8 +2,8 @@
 -- asyncbucket/stores/store.py; state.py follows them, too.
 --
 -- A record says of a worker how many slots it holds (`held`), its `tag` and `weight`, what its first call costs (`need`; nil if
--- none waits), what that waits for (`bound`), since when it waits (`since`) and has been first (`first`;
--- 0: others come first), and when it is `due` to ask again.
+-- none waits), what that waits for (`bound`), since when it has been first (`first`; 0: others come first),
+-- and when it is `due` to ask again.
 
 local EXCEEDS = -1 -- instead of a start: such a call can never pass
 
@@ -35,7 +35,7 @@ local function earliest(call, since)
 end
 
 local function new_record()
-  return { held = 0, tag = 0, weight = 0, due = 0, first = 0, since = 0 }
+  return { held = 0, tag = 0, weight = 0, due = 0, first = 0 }
 end
 
 local function record_of(name)
@@ -52,8 +52,8 @@ end
 local function change(name, held, need, bound, weight)
   local r = record_of(name)
   weight = need and weight or 0
-  r.since = r.need and r.since or now
   s.lent, s.weights = s.lent + held - r.held, s.weights + weight - r.weight
+  s.claims = s.claims + ((held > 0 or need) and 1 or 0) - ((r.held > 0 or r.need) and 1 or 0)
   s.short = s.short + (bound == SLOT and 1 or 0) - (r.bound == SLOT and 1 or 0)
   r.held, r.need, r.bound, r.weight, changed[name] = held, need, bound, weight, true
   if need then
@@ -88,6 +88,11 @@ local function free_slots()
   return config.concurrency and config.concurrency - s.lent or math.huge
 end
 
+-- How many slots a worker may hold while another waits for one.
+local function share_of()
+  return config.concurrency and math.ceil(config.concurrency / math.max(1, s.claims)) or math.huge
+end
+
 -- Those whose turn is next; who is late leaves the line.
 local function heads()
   local found = {}
@@ -107,7 +112,7 @@ local function tell()
   local free = free_slots()
   for _, name in ipairs(heads()) do
     local r = record_of(name)
-    if r.bound ~= SLOT or free > 0 then
+    if r.bound ~= SLOT or (free > 0 and (r.held < share_of() or s.short == 1)) then
       local come = r.bound == SLOT and now or math.max(now, earliest(r.need, r.first) - FAR)
       if come < r.due - SOON then
         r.due, changed[name] = come, true
@@ -134,7 +139,7 @@ end
 -- Book the next call of a worker; return its start, or nil, and what binds it.
 local function answer(a, me, call)
   local when, bound = earliest(call, a.work == 0 and me.first or 0)
-  if (call[SLOT] or 0) > 0 and free_slots() <= 0 then
+  if (call[SLOT] or 0) > 0 and (free_slots() <= 0 or (a.is_contended and me.held >= share_of())) then
     return nil, SLOT
   elseif a.first then
     return nil, bound ~= '' and bound or record_of(a.first).bound
@@ -149,7 +154,7 @@ local function answer(a, me, call)
   book(call, when, bound)
   a.work = a.work + work_of(call)
   if (call[SLOT] or 0) > 0 then
-    me.held, s.lent = me.held + 1, s.lent + 1
+    change(worker, me.held + 1, me.need, me.bound, me.weight)
   end
   return when - now, bound
 end
@@ -173,9 +178,8 @@ local function wait(a, me, call)
   end
 end
 
--- Book `calls`, in order; the first that has to wait stops those behind. A worker that has just given back slots
--- (`gave`) may take them again before another that holds as many, until that has waited.
-local function admit(calls, weight, gave)
+-- Book `calls`, in order; the first that has to wait stops those behind.
+local function admit(calls, weight)
   local me = record_of(worker)
   if me.need then
     me.due = now -- whenever it comes, it stands where it stood
@@ -184,12 +188,16 @@ local function admit(calls, weight, gave)
     me.tag = math.max(me.tag, s.joined)
   end
   local a, stop = { answers = {}, work = 0, ask = 0, soonest = 0, bound = '' }, nil
-  local first = #calls > 0 and heads()[1] or worker
-  local r = record_of(first)
-  if first ~= worker and r.tag <= me.tag then
-    local keeps = gave and r.bound == SLOT and r.held >= me.held and now < r.since + r.held * HANDOVER
-    a.first = not keeps and first or nil
+  for _, name in ipairs(#calls > 0 and heads() or {}) do
+    local r = record_of(name)
+    if name == worker or r.tag > me.tag then
+      break
+    elseif r.bound ~= SLOT or r.held < share_of() then
+      a.first = name
+      break
+    end
   end
+  a.is_contended = s.short > (me.bound == SLOT and 1 or 0)
   a.others = redis.call('ZCARD', KEYS[3]) - (me.need and 1 or 0)
   for _, call in ipairs(calls) do
     local start, bound = EXCEEDS, nil
@@ -206,7 +214,6 @@ local function admit(calls, weight, gave)
     a.answers[#a.answers + 1] = { start, bound }
   end
   if a.work > 0 then
-    me.since = now
     s.virtual = math.max(s.virtual, me.tag) + math.floor(a.work * 1000 / (s.weights - me.weight + weight))
     me.tag = me.tag + math.floor(a.work * 1000 / weight)
   end

@@ -45,7 +45,7 @@ local function load(told)
   text = kept[2] or config_text
   s = kept[1] and cmsgpack.unpack(kept[1]) or {
     schema = SCHEMA, epoch = new_epoch, before = '', seen = 0, offset = 0, last = 0, bound = '', paused = 0, ttl = 0,
-    lent = 0, short = 0, weights = 0, virtual = 0, joined = 0, grown = 0, windows = {}, buckets = {},
+    lent = 0, claims = 0, short = 0, weights = 0, virtual = 0, joined = 0, grown = 0, windows = {}, buckets = {},
   }
   if s.schema ~= SCHEMA then
     error({ err = 'SCHEMA ' .. as_integer(s.schema or 1) .. ' ' .. SCHEMA })

@@ -60,9 +60,8 @@ function verbs.commit(seq, held, weight, corrections, calls, sets_config, pause,
   s.grown = me.seq and s.grown or now
   s.paused = math.max(s.paused, pause > '0' and now + pause or 0)
   correct(cjson.decode(corrections))
-  local gave = held < me.held
-  s.lent, me.held = s.lent + held - me.held, held
-  local a = admit(cjson.decode(calls), tonumber(weight), gave)
+  change(worker, held, me.need, me.bound, me.weight)
+  local a = admit(cjson.decode(calls), tonumber(weight))
   local rivals = s.short - (me.bound == SLOT and 1 or 0)
   me.seq, me.channel, me.text = seq, channel, reply({
     answers = a.answers,
