@@ -177,9 +177,8 @@ class Node:
             vars(self).pop(name, None)
         for way in self.ways:
             way.forget()
-        if "route" not in vars(self):  # so nothing below either
+        if vars(self).pop("route", None) is None and not self.ways:  # so nothing below either
             return
-        del self.route
         for child in self.children or ():
             child.forget()
 

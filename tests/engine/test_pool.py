@@ -630,6 +630,22 @@ async def test_children_tenants_and_agents_of_a_pool_are_pools(time: VirtualTime
     nothing_is_left(pool, child)
 
 
+async def test_waiting_call_of_a_tenant_fails_as_the_limits_of_a_pools_child_fall(
+    time: VirtualTime,
+) -> None:
+    """However often they have changed while no call came."""
+    pool = Pool(*members_of(time, 60, 60, tpm=100))
+    child = pool.child("chat")
+    for _ in pool.members:
+        pool.acquire_nowait(tokens=100).release()
+    waiting = await start(child.acquire(tokens=45, tenant="acme"))
+    for limit in "90 TPM", "40 TPM":
+        child.reconfigure(limit)
+    with pytest.raises(CostExceedsLimit, match="45 tokens exceeds the limit of 40"):
+        await waiting
+    assert time.now == 0
+
+
 async def test_pool_shows_what_its_members_allow(time: VirtualTime) -> None:
     a = Limiter("60 RPM", "1k TPM", concurrency=2, name="a", clock=time.clock)
     b = Limiter("120 RPM", concurrency=3, name="b", clock=time.clock)
