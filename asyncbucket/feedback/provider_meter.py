@@ -11,10 +11,10 @@ a limit's `Window`, and learns.
 ``rate``: what a bucket lacks because of us, whoever else is there. A call may pass if the backlog
 with it is at most ``size``. Two facts bound the size, and neither needs a header:
 
-- accepted at a backlog V: the size is at least V, and may grow: by a quarter, up to a tenth of the limit
-  (a quarter for tokens), while nothing is proven; to the size that is, at once.
+- accepted at a backlog V: the size is at least V. It grows by a third of V, up to a tenth of the limit
+  (a quarter for tokens), while nothing is proven, and at once to the size that is.
 - refused at a backlog V: the size is less than V, and becomes half of it. A larger one is tried
-  again after one quiet window, then after two, four and so on.
+  again after two quiet windows, after the next wave of refusals four, and so on.
 
 A refusal at the smallest size means that the rate is too high. It is lowered by 5 percent; by 15 if
 others took what was left; and else by 30 once it is below three quarters of what the user told.
