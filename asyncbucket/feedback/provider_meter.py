@@ -81,10 +81,10 @@ class ProviderMeter(Meter):
         self.limit, self.key, self.window = limit, limit.key, limit.window
         self.is_paced = limit.window <= _LONG
         #: The provider's limit, as it says; and what it gives back in a window, as far as known.
-        self.announced = self.rate = limit.units
+        self.announced = self.rate = self._told = limit.units
         burst = limit.burst_units
         told = None if burst == max(1, limit.units // _UNPROVEN) else burst
-        self._most = told or limit.units
+        self._most = told or self._told
         #: The most backlog that a call may leave behind.
         self.size = told or max(1, limit.units * min(_START, self.window) // self.window)
         self._backlog = _Backlog(limit.window)
@@ -105,7 +105,7 @@ class ProviderMeter(Meter):
         due = self._remaining.earliest(amount, since)
         if self.is_paced:
             due = max(due, self._backlog.earliest(max(0, self.size - amount), self.rate))
-            if self.announced < self.limit.units:
+            if self.announced < self._told:
                 due = max(since, min(due, self._heard[0] + _MEMORY * self.window))
         return due
 
@@ -128,8 +128,8 @@ class ProviderMeter(Meter):
         return min(left, self.size - self._backlog.level(now, self.rate)) if self.is_paced else left
 
     def _leak(self, now: int) -> None:
-        if self.announced < self.limit.units and now >= self._heard[0] + _MEMORY * self.window:
-            self.announced = self.rate = self.limit.units
+        if self.announced < self._told and now >= self._heard[0] + _MEMORY * self.window:
+            self.announced = self.rate = self._told
         self._backlog.leak(now, self.rate)
 
     # --- what is accepted and what is refused ---
@@ -138,12 +138,12 @@ class ProviderMeter(Meter):
     def _top(self) -> int:
         """The largest size that may be tried, as long as none was refused."""
         part = _UNPACED if self.limit.burst is None else _UNPROVEN
-        return min(self._most, self.proven or max(1, self._limit // part))
+        return min(self._most, self._proof.size or max(1, self._limit // part))
 
     @property
     def _limit(self) -> int:
         """The limit, the provider's or the user's, whichever is lower."""
-        return max(1, min(self.announced, self.limit.units))
+        return max(1, min(self.announced, self._told))
 
     def pressure(self, when: int) -> float:
         """Return how close to the size the bookings of that instant came."""
@@ -151,7 +151,7 @@ class ProviderMeter(Meter):
 
     def is_moved_by(self, when: int) -> bool:
         """Tell whether an accepted call, booked at ``when``, may change what is estimated."""
-        grows = self.size < self._top and 4 * self._backlog.sent.get(when, 0) > self.size
+        grows = 4 * self._backlog.sent.get(when, 0) > self.size and self.size < self._top
         return self.is_paced and (grows or self.rate < self._limit)
 
     def accepted(self, when: int, now: int) -> None:
@@ -225,7 +225,7 @@ class ProviderMeter(Meter):
     @property
     def is_law(self) -> bool:
         """Whether it alone says what may pass: the provider counts by a bucket, of the user's limit."""
-        return self.proven > 0 and self.announced * 100 <= self.limit.units * 101
+        return self.proven > 0 and self.announced * 100 <= self._told * 101
 
     def heard(
         self,

@@ -301,10 +301,10 @@ class Refusals:
     def __init__(self, limiter: Limiter) -> None:
         self.limiter = limiter
         self._lock = Lock()
-        #: Waves since a call last succeeded, and when the first of them came.
-        self._waves = 0
-        #: Of the latest replies, which were refusals for rate: one bit each, the latest lowest.
-        self._latest = 0
+        #: Waves since a call last succeeded (then it has to be told of a success), and when the first of them came.
+        self.waves = 0
+        #: Of the latest replies, which were refusals for rate (then, too): one bit each, the latest lowest.
+        self.latest = 0
         self._first_at = -math.inf
         #: When the latest wave came, and when its pause ends.
         self._started_at = self._before_at = -math.inf
@@ -322,23 +322,18 @@ class Refusals:
         )
         return found
 
-    @property
-    def is_listening(self) -> bool:
-        """Whether it has to be told of a success."""
-        return bool(self._waves or self._latest)
-
     def succeeded(self, sent_at: float | None = None) -> None:
         """End a series of waves, unless the call was sent before the latest wave came."""
         with self._lock:
             self._remember(0)
-            if self._waves and self._is_over(self.limiter.now(), sent_at):
-                self._waves = 0
-            elif self._waves > 1 and sent_at is not None and sent_at > self._before_at:
-                self._waves, self._first_at = 1, self._started_at
+            if self.waves and self._is_over(self.limiter.now(), sent_at):
+                self.waves = 0
+            elif self.waves > 1 and sent_at is not None and sent_at > self._before_at:
+                self.waves, self._first_at = 1, self._started_at
 
     def lasted(self, *, waves: int) -> float:
         """Return for how long (s) no call has succeeded, if there were more than so many ``waves``."""
-        return self.limiter.now() - self._first_at if self._waves > waves else 0.0
+        return self.limiter.now() - self._first_at if self.waves > waves else 0.0
 
     def seconds_left(self) -> float:
         """Return the seconds until the pause of the latest wave ends."""
@@ -371,22 +366,22 @@ class Refusals:
         with self._lock:
             self._remember(1)
             latest = max(_LATEST, in_flight)
-            refusals = (self._latest & (1 << latest) - 1).bit_count()
+            refusals = (self.latest & (1 << latest) - 1).bit_count()
             is_run = asked is not None or verdict.pause != "429" or refusals * _PART >= latest
             now = self.limiter.now()
             new_wave = self._is_over(now, sent_at) and is_run
             if new_wave:
-                self._waves += 1
+                self.waves += 1
                 self._before_at, self._started_at = self._started_at, now
-                self._first_at = now if self._waves == 1 else self._first_at
+                self._first_at = now if self.waves == 1 else self._first_at
             if asked is not None:
                 seconds = asked if verdict.pause == DAILY else min(asked, _MAX_PAUSE)
             elif not new_wave:
                 seconds = max(0.0, self._paused_until - now)
-            elif self._waves == 1 and can_give_slots_up(self.limiter):
+            elif self.waves == 1 and can_give_slots_up(self.limiter):
                 seconds = 0.0
             else:
-                seconds = doubled(_FIRST_PAUSE, self._waves, most=_MAX_PAUSE)
+                seconds = doubled(_FIRST_PAUSE, self.waves, most=_MAX_PAUSE)
             self._paused_until = max(self._paused_until, now + seconds)
             is_news = new_wave and seconds > 0 and now >= self._quiet_until
             if is_news:
@@ -401,7 +396,7 @@ class Refusals:
         return "first" if new_wave else "later"
 
     def _remember(self, refusal: int) -> None:
-        self._latest = (self._latest << 1 | refusal) & (1 << _REMEMBERED) - 1
+        self.latest = (self.latest << 1 | refusal) & (1 << _REMEMBERED) - 1
 
     def _warn_of_exhausted_account(self, verdict: Verdict) -> None:
         if verdict.exhausted and not self._warned:
