@@ -148,6 +148,8 @@ class Audit:
             for row in rows
         ]
         told = f"Calls to model providers: {total} unpaced, {self.paced:,} paced."
+        if not (found or self.paced):
+            told = "No call to a known model provider was seen; name others by hosts= or --host."
         return "\n".join([told, *lines, _NOT_SEEN])
 
     def __repr__(self) -> str:

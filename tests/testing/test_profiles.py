@@ -114,7 +114,7 @@ def test_azures_limit_of_ten_seconds_is_taken_for_none_of_a_minute() -> None:
 
     assert headers["x-ratelimit-limit-requests"] == "20"
     assert provider.arrivals[-1].time_ns - provider.arrivals[0].time_ns < 100_000_000_000
-    assert provider.statistics().refused <= 2  # what shows that there are slices
+    assert provider.statistics().refused <= 3  # what shows that there are slices
 
 
 def test_capacity_that_nobody_publishes_is_found() -> None:
