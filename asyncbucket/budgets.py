@@ -32,13 +32,13 @@ from typing import Any, Final, Literal, Never, TypeAlias
 
 from asyncbucket.engine.context import InheritedScope
 from asyncbucket.engine.cost import rounded_up
+from asyncbucket.engine.dispatchers import Lock, OfThisProcess
 from asyncbucket.engine.errors import AsyncBucketError, BudgetExceeded
 from asyncbucket.engine.events import Outcome
 from asyncbucket.engine.interfaces import Account, Admission
 from asyncbucket.engine.lease import PARTS_OF_TOKENS
 from asyncbucket.engine.meters import Amounts
 from asyncbucket.engine.node import Node
-from asyncbucket.engine.seats import Lock, OfThisProcess
 from asyncbucket.engine.wording import counted, in_given_unit, is_number, warn_user
 
 # An account is told more than it needs.

@@ -270,7 +270,7 @@ class PoolLease(Lease):
             return False
         for line in others:
             line.node.pacer.leave_line(waiter, line)
-        waiter.seat.watch(waiter, self._until)
+        waiter.dispatcher.watch(waiter, self._until)
         return True
 
     def _seek_locked(self, waiter: AnyWaiter, now: int) -> None:

@@ -38,10 +38,10 @@ from typing import Any, Final, TypeVar, cast
 
 from asyncbucket.attempt import Attempt, Sent
 from asyncbucket.engine.context import inherited
+from asyncbucket.engine.dispatchers import Lock
 from asyncbucket.engine.errors import AsyncBucketError
 from asyncbucket.engine.events import Retried
 from asyncbucket.engine.limiter import Limiter
-from asyncbucket.engine.seats import Lock
 from asyncbucket.engine.wording import in_seconds, is_integer, is_number
 from asyncbucket.levels import effective_limiter, emit, shown_name
 from asyncbucket.providers.errors import WEEK, Verdict, classify

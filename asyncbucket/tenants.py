@@ -6,8 +6,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Final, Generic, Protocol, TypeVar
 
+from asyncbucket.engine.dispatchers import Lock
 from asyncbucket.engine.node import Node
-from asyncbucket.engine.seats import Lock
 from asyncbucket.engine.terms import Terms
 
 # It touches the private parts of the limiters that it keeps.
@@ -70,7 +70,7 @@ class Tenants(Generic[L]):
             for each in (*self._used, tenant):
                 self._recent[each] = self._recent.pop(each, None) or self._find(each)
             for _ in range(min(_LOOKS, len(self._recent) - max(self.alive, 1))):
-                self._look_at_oldest()
+                self._review_oldest()
             return self._recent[tenant]
 
     def _find(self, tenant: str) -> L:
@@ -86,7 +86,7 @@ class Tenants(Generic[L]):
         self._nodes[tenant] = limiter._node
         return limiter
 
-    def _look_at_oldest(self) -> None:
+    def _review_oldest(self) -> None:
         """Let the one go that is unused for the longest time, unless it is held, or not as new."""
         tenant, limiter = self._recent.popitem(last=False)
         held, node = weakref.ref(limiter), limiter._node
@@ -95,11 +95,11 @@ class Tenants(Generic[L]):
         kept = None if may_go else limiter
         del limiter
         if (kept := kept or held()) is None:
-            node.last_words = partial(self._look_after, tenant, node.admitted)
+            node.on_finalize = partial(self._keep_if_used, tenant, node.admitted)
         else:
             self._recent[tenant] = kept  # to the end: looked at again later
 
-    def _look_after(self, tenant: str, admitted: int, node: Node) -> None:
+    def _keep_if_used(self, tenant: str, admitted: int, node: Node) -> None:
         """Keep a node that was used after it was let go; nobody holds it any more.
 
         A finalizer may run anywhere, even inside the lock, or where a user's clock does not.

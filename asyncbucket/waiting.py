@@ -17,8 +17,8 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from concurrent.futures import Future, wait
 from typing import Any, Final, Self, TypeAlias, TypeVar
 
+from asyncbucket.engine.dispatchers import Lock
 from asyncbucket.engine.lease import Lease
-from asyncbucket.engine.seats import Lock
 from asyncbucket.levels import admit_here
 
 T = TypeVar("T")

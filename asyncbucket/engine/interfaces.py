@@ -147,14 +147,14 @@ class Place(Account):
     called with the pacer's lock held.
     """
 
-    def room(self, seat: Any) -> bool:
-        """Tell whether it takes another call of this seat now; it rings the seat when that changes."""
+    def room(self, dispatcher: Any) -> bool:
+        """Tell whether it takes another call of this dispatcher now; it rings the dispatcher when that changes."""
         raise NotImplementedError
 
     def push(self, waiter: Any, below: Meters, now: int) -> None:
         """Take over ``waiter``, booked at ``now`` in the meters ``below`` the root.
 
-        Later, on its own seat, it goes by `Pacer.pass_on_locked` or fails by `Pacer.fail_locked`.
+        Later, on its own dispatcher, it goes by `Pacer.pass_on_locked` or fails by `Pacer.fail_locked`.
         """
 
     def leave(self, waiter: Any) -> Any:

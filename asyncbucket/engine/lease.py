@@ -15,13 +15,19 @@ from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias, Unpack
 
 from asyncbucket.engine import report
 from asyncbucket.engine.cost import COMMON, Cost, rounded_up
+from asyncbucket.engine.dispatchers import (
+    ATOMIC,
+    NOWHERE,
+    Dispatcher,
+    OfThisProcess,
+    ThreadDispatcher,
+)
 from asyncbucket.engine.errors import AcquireTimeout, AsyncBucketError, CostExceedsLimit
 from asyncbucket.engine.events import Admitted, Outcome, Queued, Released, Settled
 from asyncbucket.engine.interfaces import Account
 from asyncbucket.engine.meters import Amounts, Meters, admit
 from asyncbucket.engine.node import Node, shown_name
 from asyncbucket.engine.queue import AnyWaiter, Line, SyncWaiter, Waiter
-from asyncbucket.engine.seats import ATOMIC, NOWHERE, OfThisProcess, Seat, ThreadSeat
 from asyncbucket.engine.terms import CallAmounts
 from asyncbucket.engine.wording import USD, warn_user
 
@@ -79,7 +85,7 @@ class Lease(OfThisProcess):
     _priority = 0
     _state = ASKED
     #: Where it was admitted; if it was not, settling changes nothing.
-    _seat: Seat = NOWHERE
+    _dispatcher: Dispatcher = NOWHERE
     _entered = False
     #: The meters that it passed; and the line where it stood, if it waited, whose share paid.
     _meters: Meters = ()
@@ -122,11 +128,11 @@ class Lease(OfThisProcess):
             due, _ = admit(route, self._amounts, now, now)
             if due > now:
                 return False
-            seat: Seat | None = pacer.seats.by_thread.get(get_ident())
-            if seat is None or not seat.loop.is_running():  # type: ignore[union-attr]
-                seat = pacer.seats.here()
-            seat.leases += 1
-            self._seat = seat
+            dispatcher: Dispatcher | None = pacer.dispatchers.by_thread.get(get_ident())
+            if dispatcher is None or not dispatcher.loop.is_running():  # type: ignore[union-attr]
+                dispatcher = pacer.dispatchers.here()
+            dispatcher.leases += 1
+            self._dispatcher = dispatcher
             self._when = now
             self._meters = route.meters
             self._state = HELD
@@ -143,9 +149,9 @@ class Lease(OfThisProcess):
         self, now: int, waiter: AnyWaiter, bound_by: str | None, meters: Meters | None = None
     ) -> None:
         """Note that it passed at ``now``, after it had waited as ``waiter``."""
-        seat, line = waiter.seat.home, waiter.line
-        seat.leases += 1
-        self._seat, self._node = seat, line.node
+        dispatcher, line = waiter.dispatcher.home, waiter.line
+        dispatcher.leases += 1
+        self._dispatcher, self._node = dispatcher, line.node
         self._when = now
         self._state = HELD
         self._line = line
@@ -163,8 +169,8 @@ class Lease(OfThisProcess):
     def _hand_back_locked(self) -> None:
         """Give everything back that it was just handed: the call gave up at that very moment."""
         self._state = OVER
-        self._seat.leases -= 1
-        self._seat = NOWHERE
+        self._dispatcher.leases -= 1
+        self._dispatcher = NOWHERE
         self._node.unbook(self._meters, self._amounts, self._when)
         for account in self.accounts:
             account.settled(self, self._amounts, {})
@@ -207,7 +213,7 @@ class Lease(OfThisProcess):
             yield from self._wait().__await__()
         return self
 
-    async def _admit(self, seat: ThreadSeat | None = None) -> None:
+    async def _admit(self, dispatcher: ThreadDispatcher | None = None) -> None:
         """Pass the limits, if the accounts agree."""
         if self._state != ASKED:
             raise RuntimeError(_USED)
@@ -218,11 +224,11 @@ class Lease(OfThisProcess):
                 if self._state == HELD:  # it keeps no slot while the account is asked
                     self._take_back()
                     self._node, self.accounts, self._state = node, accounts, WAITING
-                await self._reconsider(*refusal, blocking=seat is not None)
+                await self._reconsider(*refusal, blocking=dispatcher is not None)
             elif self._state == HELD:
                 return
             elif not self._try_now(WAITING):
-                await self._wait(seat)
+                await self._wait(dispatcher)
 
     def _refusal(self, accounts: Iterable[Account]) -> tuple[Account, AsyncBucketError] | None:
         """Return the first account that refuses the call, and its error: asked first and last."""
@@ -242,15 +248,15 @@ class Lease(OfThisProcess):
             self._refused(refusal)
             raise
 
-    async def _wait(self, seat: ThreadSeat | None = None) -> None:
-        """Wait in turn; in a blocked thread, its ``seat`` blocks, and nothing is awaited."""
+    async def _wait(self, dispatcher: ThreadDispatcher | None = None) -> None:
+        """Wait in turn; in a blocked thread, its ``dispatcher`` blocks, and nothing is awaited."""
         self._state = WAITING
         node, amounts = self._node, self._amounts
         pacer: Pacer = node.pacer
         deadline = None if self._deadline is None else self._deadline()
         waiter: AnyWaiter | None = None
         try:
-            waiter = self._join_line(deadline, seat)
+            waiter = self._join_line(deadline, dispatcher)
             asked = waiter.asked
             try:
                 if pacer.observed:
@@ -259,9 +265,9 @@ class Lease(OfThisProcess):
                     _warn_of_nesting(node)
                     in_time = await waiter
                 else:
-                    assert seat is not None
+                    assert dispatcher is not None
                     _warn_of_blocked_loop()
-                    seat.block(waiter.done, pacer.clock)
+                    dispatcher.block(waiter.done, pacer.clock)
                     in_time = waiter.result()
             except (CostExceedsLimit, AcquireTimeout):  # whoever raised it took the waiter out
                 raise
@@ -272,7 +278,7 @@ class Lease(OfThisProcess):
                 raise
             if not in_time:
                 raise report.too_late(node, amounts, asked, deadline)  # noqa: TRY301 - counted below
-            waiter.lease = None  # the seat may remember a deadline for long
+            waiter.lease = None  # the dispatcher may remember a deadline for long
         except BaseException as error:
             self._state = OVER
             if isinstance(error, report.REFUSALS):
@@ -283,7 +289,7 @@ class Lease(OfThisProcess):
         if pacer.observed:
             self._notify_admitted()
 
-    def _join_line(self, deadline: int | None, seat: Seat | None) -> AnyWaiter:
+    def _join_line(self, deadline: int | None, dispatcher: Dispatcher | None) -> AnyWaiter:
         """Stand in line, unless that is hopeless."""
         node, amounts = self._node, self._amounts
         pacer: Pacer = node.pacer
@@ -297,14 +303,14 @@ class Lease(OfThisProcess):
             if deadline is not None and node.soonest(amounts, now) > deadline:
                 raise report.too_late_locked(node, amounts, now, deadline)
             waiter: AnyWaiter
-            if seat is None:
-                seat = pacer.seats.here()
-                waiter = Waiter(loop=seat.loop)
+            if dispatcher is None:
+                dispatcher = pacer.dispatchers.here()
+                waiter = Waiter(loop=dispatcher.loop)
             else:
-                seat.home = pacer.seats.here()
-                pacer.seats[seat] = seat
+                dispatcher.home = pacer.dispatchers.here()
+                pacer.dispatchers[dispatcher] = dispatcher
                 waiter = SyncWaiter()
-            waiter.lease, waiter.seat = self, seat
+            waiter.lease, waiter.dispatcher = self, dispatcher
             waiter.amounts, waiter.deadline = amounts, deadline
             self._stand_locked(waiter, now)
             return waiter
@@ -338,12 +344,12 @@ class Lease(OfThisProcess):
     def _block(self) -> None:
         """Wait for the admission, blocking this thread."""
         pacer: Pacer = self._node.pacer
-        seat = ThreadSeat(pacer.look)
+        dispatcher = ThreadDispatcher(pacer.dispatch)
         try:
             with contextlib.suppress(StopIteration):
-                (self._admit(seat) if self.accounts else self._wait(seat)).send(None)
+                (self._admit(dispatcher) if self.accounts else self._wait(dispatcher)).send(None)
         finally:
-            pacer.do(pacer.seats.pop, seat, None)
+            pacer.do(pacer.dispatchers.pop, dispatcher, None)
 
     def _refuse(self) -> None:
         """Refuse the call, which cannot pass now."""
@@ -441,7 +447,9 @@ class Lease(OfThisProcess):
 
     def _settle_locked(self, used: dict[str, int]) -> None:
         """Correct the meters to ``used``, and admit calls that fit into what comes back."""
-        if self._seat.look is None:  # never admitted, or a parent process's, counted there
+        if (
+            self._dispatcher.dispatch is None
+        ):  # never admitted, or a parent process's, counted there
             return
         node, booked, reported = self._node, self._booked(), self._parts or {}
         pacer: Pacer = node.pacer
@@ -557,7 +565,7 @@ class Lease(OfThisProcess):
             # No other thread interleaves between the tests and the first store. Whoever is about to
             # wait looks at the slots after having joined the line, or is rung.
             self._state = OVER
-            self._seat.leases -= 1
+            self._dispatcher.leases -= 1
             for level in node.path:
                 level.in_flight -= 1
             if pacer.waiting:
@@ -596,7 +604,7 @@ class Lease(OfThisProcess):
         """
         held = self.levels
         given_up = [level for level in held if level in path]
-        if self._state not in (HELD, LENT) or self._seat.look is None or not given_up:
+        if self._state not in (HELD, LENT) or self._dispatcher.dispatch is None or not given_up:
             return
         self._state = LENT
         self._levels = tuple(level for level in held if level not in path)
@@ -612,10 +620,10 @@ class Lease(OfThisProcess):
             self._node.pacer.do_and_tell(self._end_locked, outcome)
 
     def _end_locked(self, outcome: Outcome) -> None:
-        if self._state not in (HELD, LENT) or self._seat.look is None:
+        if self._state not in (HELD, LENT) or self._dispatcher.dispatch is None:
             return
         self._state = OVER
-        self._seat.leases -= 1
+        self._dispatcher.leases -= 1
         node = self._node
         pacer: Pacer = node.pacer
         for account in self.accounts:

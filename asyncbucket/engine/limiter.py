@@ -13,6 +13,7 @@ from asyncbucket.engine.context import (
     span_of,
 )
 from asyncbucket.engine.cost import COMMON, Cost, amounts_of
+from asyncbucket.engine.dispatchers import OfThisProcess, discard_closed
 from asyncbucket.engine.events import Callback, LimitChanged, LimitLearned, Observers, Paused
 from asyncbucket.engine.interfaces import PauseMeter, Sizer
 from asyncbucket.engine.lease import Lease
@@ -21,7 +22,6 @@ from asyncbucket.engine.meters import NEVER
 from asyncbucket.engine.node import EMPTY_MAPPING, Node
 from asyncbucket.engine.queue import reweigh
 from asyncbucket.engine.report import statistics_locked
-from asyncbucket.engine.seats import OfThisProcess, bury_closed
 from asyncbucket.engine.statistics import Statistics
 from asyncbucket.engine.terms import (
     CallAmounts,
@@ -184,8 +184,8 @@ class Limiter(OfThisProcess):
         if not lease._take_now():
             pacer: Pacer = lease._node.pacer
             with pacer:
-                buried = pacer.waiting and bury_closed(pacer)
-            if not (buried and lease._take_now()):
+                discarded = pacer.waiting and discard_closed(pacer)
+            if not (discarded and lease._take_now()):
                 lease._refuse()
         return lease
 

@@ -52,7 +52,7 @@ class Node:
     #: What finds the number of slots, if it is not given.
     sizer: Sizer | None = None
     #: Called before it is forgotten, if it was let go.
-    last_words: "Callable[[Node], object] | None" = None
+    on_finalize: "Callable[[Node], object] | None" = None
     cancelled = refused = upstream_429 = 0
     #: Calls whose prompts were read from the provider's cache, or written to it; and the tokens that
     #: the limits did not count because of that.
@@ -368,8 +368,8 @@ class Node:
                 node.observers.emit(event)
 
     def __del__(self) -> None:
-        if self.last_words is not None:
-            self.last_words(self)
+        if self.on_finalize is not None:
+            self.on_finalize(self)
 
     def after_fork(self) -> None:
         """Start afresh in a child process: calls that wait or are in flight are the parent's."""

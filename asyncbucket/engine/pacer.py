@@ -1,19 +1,19 @@
-"""When to look again: one lock and one order for a tree of limiters.
+"""When to dispatch again: one lock and one order for a tree of limiters.
 
-All limiters of a tree share one `Pacer`. A *look* is a plain function under its lock: it admits
+All limiters of a tree share one `Pacer`. A *dispatch* is a plain function under its lock: it admits
 every call that may go, in order, and finds out when the next may. Nothing else admits a call that
-has waited. Each call that waits sits on a `Seat`: its event loop, or its own blocked thread. A seat
-looks when its timer is due, and when the doorbell rings: whatever gives something back rings it
-(`Pacer.ring`), all rings of one turn of the loop together. See `asyncbucket.engine.seats`.
+has waited. Each call that waits does so on a `Dispatcher`: its event loop, or its own blocked thread. A dispatcher
+dispatches when its timer is due, and when the doorbell rings: whatever gives something back rings it
+(`Pacer.ring`), all rings of one turn of the loop together. See `asyncbucket.engine.dispatchers`.
 
-Why? Nothing is booked before it is handed over, and nobody but the look books for those who wait,
+Why? Nothing is booked before it is handed over, and nothing but a dispatch books for those who wait,
 so nobody is woken in vain and nobody barges. A call that is cancelled at the very instant of its
 handover gives the booking back, and rings. The usual way, sleep and recheck, wakes all for one and
 serves whoever is fastest; a timer for each waiter knows nothing of a refund.
 
-All seats share one queue. A seat lets only its own calls go, so a call that is admitted runs in the
-next turn of its loop, and is not booked long before it leaves. If the head sits elsewhere, that
-seat is rung. If it does not come within a grace period, it is late: its calls stand aside until it
+All dispatchers share one queue. A dispatcher lets only its own calls go, so a call that is admitted runs in the
+next turn of its loop, and is not booked long before it leaves. If the head waits elsewhere, that
+dispatcher is rung. If it does not come within a grace period, it is late: its calls are parked until it
 does, and come back in their places. So a loop that is blocked, or dead, holds up nobody for longer
 than that.
 
@@ -33,18 +33,25 @@ from concurrent.futures import InvalidStateError
 from functools import partial
 from typing import Any, Final
 
-from asyncbucket.engine import seats
+from asyncbucket.engine import dispatchers
 from asyncbucket.engine.cost import Cost
+from asyncbucket.engine.dispatchers import (
+    EMPTY,
+    GRACE,
+    NOWHERE,
+    Dispatcher,
+    Dispatchers,
+    reset_after_fork,
+)
 from asyncbucket.engine.errors import AsyncBucketError, CostExceedsLimit
 from asyncbucket.engine.events import Cancelled, Event
 from asyncbucket.engine.interfaces import Place
 from asyncbucket.engine.meters import NEVER, Amounts, Meters, admit, leeway, take
 from asyncbucket.engine.node import Node, shown_name
-from asyncbucket.engine.queue import AnyWaiter, Branch, Line, line_of, rouse
-from asyncbucket.engine.seats import EMPTY, GRACE, NOWHERE, Seat, Seats, reset_after_fork
+from asyncbucket.engine.queue import AnyWaiter, Branch, Line, line_of, wake
 from asyncbucket.engine.terms import read_clocks
 
-#: The most admissions in one look, before other tasks of the loop get their turn.
+#: The most admissions in one dispatch, before other tasks of the loop get their turn.
 BATCH: Final = 256
 #: From so many calls that wait on, one timer serves several that come due in a row.
 CROWD: Final = 64
@@ -96,8 +103,8 @@ class Pacer:
         #: Whether nobody has to be told when a call ends: no limiter finds its number of slots, no
         #: store keeps them, and all open calls were made in this process.
         self.is_plain = True
-        self.seats = Seats(self.look)
-        #: The trees that look together, because calls may wait in several of them: see `share`.
+        self.dispatchers = Dispatchers(self.dispatch)
+        #: The trees that dispatch together, because calls may wait in several of them: see `share`.
         self.trees: tuple[Pacer, ...] = (self,)
         #: Where the first that it refused stands, and what that costs; None once anything else counts;
         #: and when to ask again.
@@ -106,9 +113,9 @@ class Pacer:
         reset_after_fork(self)
 
     def share(self, *others: "Pacer") -> None:
-        """Look together with ``others`` from now on, in this order: a call may wait in several trees.
+        """Dispatch together with ``others`` from now on, in this order: a call may wait in several trees.
 
-        All use this one's lock, and its seats.
+        All use this one's lock, and its dispatchers.
         """
         self.trees = (self, *others)
         self.observed = sum(tree.observed for tree in self.trees)
@@ -118,11 +125,11 @@ class Pacer:
 
     def _share_lock(self) -> None:
         for tree in self.trees:
-            tree.lock, tree.jobs, tree.news, tree.seats = (
+            tree.lock, tree.jobs, tree.news, tree.dispatchers = (
                 self.lock,
                 self.jobs,
                 self.news,
-                self.seats,
+                self.dispatchers,
             )
 
     # --- the lock ---
@@ -193,12 +200,12 @@ class Pacer:
     # --- standing in line ---
 
     def join_locked(self, waiter: AnyWaiter, node: Node, now: int, priority: int = 0) -> None:
-        """Let ``waiter`` stand in line at ``node``; it knows its seat, its amounts and its deadline."""
-        seat, deadline = waiter.seat, waiter.deadline
-        if self.check_loop is not None and seat.loop is not None:
-            self.check_loop(seat.loop)
+        """Let ``waiter`` stand in line at ``node``; it knows its dispatcher, its amounts and its deadline."""
+        dispatcher, deadline = waiter.dispatcher, waiter.deadline
+        if self.check_loop is not None and dispatcher.loop is not None:
+            self.check_loop(dispatcher.loop)
         waiter.asked = now
-        waiter.number = self.seats.arrivals = self.seats.arrivals + 1
+        waiter.number = self.dispatchers.arrivals = self.dispatchers.arrivals + 1
         line = line_of(node, priority)
         waiter.lines = line.only
         line.join(waiter, now)
@@ -206,25 +213,27 @@ class Pacer:
         for each in node.chain:
             each.waiting += 1
         if deadline is not None:
-            seat.watch(waiter, deadline)
+            dispatcher.watch(waiter, deadline)
         end = EMPTY if deadline is None else deadline
         if self.waiting == 1 and self._joins_alone(line, waiter, end, now):
             return
-        if line.living == 1 or seat.looks_at >= EMPTY or end < seat.looks_at:
-            seat.ring(now)
+        if line.living == 1 or dispatcher.wakes_at >= EMPTY or end < dispatcher.wakes_at:
+            dispatcher.ring(now)
 
     def _joins_alone(self, line: Line, waiter: AnyWaiter, end: int, now: int) -> bool:
-        """Let a seat sleep whose call waits alone, without a look; return whether that will do."""
-        seat = waiter.seat
+        """Let a dispatcher sleep whose call waits alone, without a dispatch; return whether that will do."""
+        dispatcher = waiter.dispatcher
         for tree in self.trees:
             tree.since = now
         if self.place is not None or len(self.trees) > 1:
             return False
         due, bound_by = admit(line.node.route, waiter.amounts, now, now, book=False)
         self.bound_by = line.bound_by = bound_by
-        if due <= now or (due == NEVER and not seat.leases):  # see `override`
+        if due <= now or (due == NEVER and not dispatcher.leases):  # see `override`
             return False
-        seat.sleep(min(seats.wait_for_slots(self, now) if due == NEVER else due, end), now)
+        dispatcher.sleep(
+            min(dispatchers.wait_for_slots(self, now) if due == NEVER else due, end), now
+        )
         return True
 
     def join_all_locked(
@@ -238,7 +247,7 @@ class Pacer:
             for each in line.node.chain:
                 each.waiting += 1
             if line.living == 1:
-                waiter.seat.ring(now)
+                waiter.dispatcher.ring(now)
 
     def join_too_locked(self, waiter: AnyWaiter, node: Node, now: int) -> None:
         """Let a call that waits stand in line at ``node``, too: it has its place by order of arrival."""
@@ -250,11 +259,11 @@ class Pacer:
         for each in node.chain:
             each.waiting += 1
         if line.living == 1:
-            waiter.seat.ring(now)
+            waiter.dispatcher.ring(now)
 
     def leave_lines(self, waiter: AnyWaiter, served: Line | None = None) -> None:
         """Have a call stand in line nowhere; ``served`` counts it out by itself."""
-        self.seats.departures += 1
+        self.dispatchers.departures += 1
         for line in waiter.lines:
             if line is not served:
                 line.depart()
@@ -281,7 +290,7 @@ class Pacer:
         self.count_in(waiter, -1)
         for account in waiter.lease.accounts if waiter.lease is not None else ():
             account.gave_up(waiter.lease)
-        waiter.seat = NOWHERE
+        waiter.dispatcher = NOWHERE
         for line in lines or (waiter.line,):
             self.ring_locked(line.node, now)
 
@@ -289,22 +298,24 @@ class Pacer:
         """Count a call that waits from now on, wherever it stands: 1; or no longer: -1."""
         for tree in self.trees:
             tree.waiting += calls
-        waiter.seat.waiting += calls
+        waiter.dispatcher.waiting += calls
         common = waiter.line.node.common
         for each in () if common is None else common.path:
             each.waiting += calls
 
     def withdraw_locked(self, waiter: AnyWaiter) -> None:
         """Take a call that gives up out of the line, or give back what it was just handed."""
-        seat, node, now = waiter.seat, waiter.line.node, self.clock()
-        if seat.look is None and seat is not NOWHERE:  # it waited in the parent process
+        dispatcher, node, now = waiter.dispatcher, waiter.line.node, self.clock()
+        if (
+            dispatcher.dispatch is None and dispatcher is not NOWHERE
+        ):  # it waited in the parent process
             return
         for each in (node.common or node).path:
             each.cancelled += 1
         if self.observed:
             cost, waited = Cost.of(waiter.amounts), (now - waiter.asked) * 1e-9
             self.notify_locked(node.common or node, Cancelled, cost=cost, waited=waited)
-        if seat is NOWHERE:  # its time was up, it failed, or its loop was closed
+        if dispatcher is NOWHERE:  # its time was up, it failed, or its loop was closed
             return
         if waiter.done() and not waiter.cancelled():
             if waiter.lease is None:
@@ -318,12 +329,12 @@ class Pacer:
                 with contextlib.suppress(RuntimeError):  # on a closed loop, it is marked
                     waiter.cancel()
             self.gone_locked(waiter, now)
-            if not seat.waiting:  # its task ends; else it might outlive the limiter
-                seat.ring(now)
+            if not dispatcher.waiting:  # its task ends; else it might outlive the limiter
+                dispatcher.ring(now)
 
     def fail_locked(self, waiter: AnyWaiter, error: AsyncBucketError) -> None:
         """Make ``waiter`` fail, because it can never pass; from any thread."""
-        loop = waiter.seat.loop
+        loop = waiter.dispatcher.loop
         if loop is None or asyncio._get_running_loop() is loop:  # noqa: SLF001
             self._fail(waiter, error)
         else:
@@ -335,11 +346,13 @@ class Pacer:
             self._fail(waiter, error)
 
     def _fail(self, waiter: AnyWaiter, error: AsyncBucketError) -> None:
-        if not waiter.done() and waiter.seat is not NOWHERE:  # else its loop was closed just now
+        if (
+            not waiter.done() and waiter.dispatcher is not NOWHERE
+        ):  # else its loop was closed just now
             waiter.set_exception(error)
-            seat, now = waiter.seat, self.clock()
+            dispatcher, now = waiter.dispatcher, self.clock()
             self.gone_locked(waiter, now)
-            seat.ring(now)
+            dispatcher.ring(now)
 
     def is_free_locked(self, node: Node, now: int) -> bool:
         """Tell whether a newcomer at ``node`` would overtake nobody that may go now or next."""
@@ -353,25 +366,27 @@ class Pacer:
             head, _ = self.top.head(now)
             if head is None:
                 return True
-            if not seats.is_late(self, head.seat, now):
+            if not dispatchers.is_late(self, head.dispatcher, now):
                 return False
 
-    def next_look_locked(self, now: int) -> int:
-        """Return when the first of those who wait will be looked at: then a place is free."""
-        looks = (seat.looks_at for seat in self.seats.values() if seat.waiting)
-        return max(now, min(looks, default=now))
+    def next_dispatch_locked(self, now: int) -> int:
+        """Return when the first of those who wait will be dispatched: then a place is free."""
+        wakes = (
+            dispatcher.wakes_at for dispatcher in self.dispatchers.values() if dispatcher.waiting
+        )
+        return max(now, min(wakes, default=now))
 
     # --- the bell ---
 
     def ring_locked(self, node: Node, now: int | None = None) -> None:
-        """Have all look again, because something has changed at ``node`` or above."""
+        """Have all dispatch again, because something has changed at ``node`` or above."""
         if not self.waiting:
             return
-        rouse(node)
+        wake(node)
         now = self.clock() if now is None else now
-        for seat in self.seats.values():
-            if seat.waiting and not seat.ring(now):
-                seats.bury(self, seat)
+        for dispatcher in self.dispatchers.values():
+            if dispatcher.waiting and not dispatcher.ring(now):
+                dispatchers.discard(self, dispatcher)
 
     def limits_changed_locked(self, node: Node) -> None:
         """Send newcomers and those who wait through the meters of ``node`` as they are now."""
@@ -379,14 +394,16 @@ class Pacer:
         for tree in self.trees if len(self.trees) > 1 else ():
             tree.root.forget()  # what they have in common may have changed
         if self.waiting:
-            aside = [entry for seat in self.seats.values() for entry in seat.set_aside]
+            parked = [
+                entry for dispatcher in self.dispatchers.values() for entry in dispatcher.parked
+            ]
             standing = [
                 (line, each)
                 for tree in self.trees
                 for line in tree.top.lines()
                 for each in line.calls
             ]
-            for line, waiter in [*standing, *aside]:
+            for line, waiter in [*standing, *parked]:
                 if line in waiter.lines and not waiter.done():
                     self._check_locked(waiter, line)
             self.ring_locked(node)
@@ -408,37 +425,37 @@ class Pacer:
 
     def leave_line(self, waiter: AnyWaiter, line: Line) -> None:
         """Have a call leave one of the lines in which it stands."""
-        self.seats.departures += 1
+        self.dispatchers.departures += 1
         waiter.lines = tuple(each for each in waiter.lines if each is not line)
         line.depart()
         for each in line.node.chain:
             each.waiting -= 1
 
-    # --- looking ---
+    # --- dispatching ---
 
-    def look(self, seat: Seat) -> None:
-        """Admit the calls of ``seat`` that may go, end those whose time is up, sleep until the next."""
+    def dispatch(self, dispatcher: Dispatcher) -> None:
+        """Admit the calls of ``dispatcher`` that may go, end those whose time is up, sleep until the next."""
         with self:
             now = self.clock()
-            if seat.is_late or seat.set_aside:
-                seats.return_set_aside(seat)
-            due = self._dispatch_all(seat, now) if self.waiting else EMPTY
-            end, _ = seat.first_deadline()
+            if dispatcher.is_late or dispatcher.parked:
+                dispatchers.unpark(dispatcher)
+            due = self._dispatch_all(dispatcher, now) if self.waiting else EMPTY
+            end, _ = dispatcher.first_deadline()
             if end <= now < due:  # else the head may still pass
-                end = self._end_waits(seat, now)
-            seat.sleep(max(now, min(due, end)) if seat.waiting else EMPTY, now)
+                end = self._end_waits(dispatcher, now)
+            dispatcher.sleep(max(now, min(due, end)) if dispatcher.waiting else EMPTY, now)
 
-    def _dispatch_all(self, seat: Seat, now: int) -> int:
-        """Admit all that may go, of all trees; return when this seat must look again."""
+    def _dispatch_all(self, dispatcher: Dispatcher, now: int) -> int:
+        """Admit all that may go, of all trees; return when this dispatcher must dispatch again."""
         if len(self.trees) == 1:
-            return self.dispatch(seat, now)
+            return self.dispatch_tree(dispatcher, now)
         for _ in range(BATCH):
             due = EMPTY
             for tree in self.trees:
-                if tree.root.waiting and not tree.refuses_still(seat, now):
-                    before, tree.refused = self.seats.departures, None
-                    tree.due = tree.dispatch(seat, now, 1)
-                    if self.seats.departures != before:
+                if tree.root.waiting and not tree.refuses_still(dispatcher, now):
+                    before, tree.refused = self.dispatchers.departures, None
+                    tree.due = tree.dispatch_tree(dispatcher, now, 1)
+                    if self.dispatchers.departures != before:
                         break  # a call that has left a line may have made way for another there
                 if tree.root.waiting and tree.due < due:
                     due = tree.due
@@ -450,36 +467,36 @@ class Pacer:
         """Tell whether it has refused the first of a line until later than ``now``."""
         return self.refused is not None and now < self.due
 
-    def refuses_still(self, seat: Seat, now: int) -> bool:
+    def refuses_still(self, dispatcher: Dispatcher, now: int) -> bool:
         """Tell whether the first costs the same as the one that was refused until later than ``now``."""
         if self.refused is None or now >= self.due:
             return False
         line, amounts = self.refused
         first, _ = line.head(now)
-        return first is not None and first.seat is seat and first.amounts == amounts
+        return first is not None and first.dispatcher is dispatcher and first.amounts == amounts
 
-    def _end_waits(self, seat: Seat, now: int) -> int:
+    def _end_waits(self, dispatcher: Dispatcher, now: int) -> int:
         """Resolve the waiters whose deadline has come; return when the next one does."""
-        end, waiter = seat.first_deadline()
+        end, waiter = dispatcher.first_deadline()
         while end <= now:
             if waiter.deadline is None or end < waiter.deadline:
-                seat.seeks()
+                dispatcher.seeks()
                 waiter.lease._seek_locked(waiter, now)  # noqa: SLF001 - as above
                 return now  # it may pass before its time is up
             with contextlib.suppress(*_DONE):
                 waiter.set_result(False)
                 self.gone_locked(waiter, now)
-            end, waiter = seat.first_deadline()
+            end, waiter = dispatcher.first_deadline()
         return end
 
-    def dispatch(self, seat: Seat, now: int, most: int = BATCH) -> int:  # noqa: C901, PLR0912 - one look, read in one piece
-        """Let up to ``most`` go that may; return when this seat must look again."""
+    def dispatch_tree(self, dispatcher: Dispatcher, now: int, most: int = BATCH) -> int:  # noqa: C901, PLR0912 - read in one piece
+        """Let up to ``most`` go that may; return when this dispatcher must dispatch again."""
         passed, place = 0, self.place
-        while self.waiting and (place is None or place.room(seat)):
+        while self.waiting and (place is None or place.room(dispatcher)):
             waiter, due = self.top.head(now)
             if waiter is None:
-                return due if due != NEVER else self.override(seat, now)
-            line, is_ours = waiter.line, waiter.seat is seat
+                return due if due != NEVER else self.override(dispatcher, now)
+            line, is_ours = waiter.line, waiter.dispatcher is dispatcher
             if is_ours and passed >= most:
                 return now
             if place is not None and line.node.common is not None and place.holds_up():
@@ -495,11 +512,11 @@ class Pacer:
                 self.bound_by = line.bound_by = bound_by
                 self.refused = (line, waiter.amounts) if has_ways else None
             if not is_ours:
-                if seats.is_late(self, waiter.seat, now):
+                if dispatchers.is_late(self, waiter.dispatcher, now):
                     continue
-                return self.leave_to(waiter.seat, due, now)
+                return self.leave_to(waiter.dispatcher, due, now)
             if due > now:
-                return self._when_to_look(waiter, due, now)
+                return self._when_to_wake(waiter, due, now)
             if has_ways and waiter.lease._declines_locked(waiter, now):  # noqa: SLF001 - as above
                 passed += waiter.done()
             elif has_ways:
@@ -508,19 +525,19 @@ class Pacer:
                 passed += self.serve(waiter, now)
         return NEVER if self.waiting else EMPTY
 
-    def _when_to_look(self, waiter: AnyWaiter, due: int, now: int) -> int:
-        """Return when to look again for the head, which is due then."""
+    def _when_to_wake(self, waiter: AnyWaiter, due: int, now: int) -> int:
+        """Return when to dispatch again for the head, which is due then."""
         if due >= NEVER:
-            return self.override(waiter.seat, now)
-        if waiter.seat.waiting < CROWD:
+            return self.override(waiter.dispatcher, now)
+        if waiter.dispatcher.waiting < CROWD:
             return due
         return due + leeway(waiter.line.node.route, waiter.amounts)
 
-    def leave_to(self, other: Seat, due: int, now: int) -> int:
-        """Let another seat admit the head, due at ``due``; return when to see whether it has."""
-        if other.looks_at > max(due, now):
+    def leave_to(self, other: Dispatcher, due: int, now: int) -> int:
+        """Let another dispatcher admit the head, due at ``due``; return when to see whether it has."""
+        if other.wakes_at > max(due, now):
             other.ring(now)
-        return max(min(due, other.looks_at), now) + GRACE
+        return max(min(due, other.wakes_at), now) + GRACE
 
     def is_next(self, waiter: AnyWaiter, now: int) -> bool:
         """Tell whether a call that stands in several lines may pass now in this tree."""
@@ -557,7 +574,7 @@ class Pacer:
         self.since = line.since = now
         line.depart()
         if len(line.node.chain) > 2:  # noqa: PLR2004 - a limiter above may sleep because of another call
-            rouse(line.node)
+            wake(line.node)
         return 1
 
     def let_go(
@@ -566,7 +583,7 @@ class Pacer:
         """Resolve ``waiter`` and make its lease hold; return whether it still waited."""
         try:
             waiter.set_result(True)
-        except _DONE:  # cancelled since it was looked at, in a signal handler
+        except _DONE:  # cancelled since it was asked for, in a signal handler
             return False
         if waiter.lease is not None:
             waiter.lease._hold_locked(now, waiter, bound_by, meters)  # noqa: SLF001 - as above
@@ -610,9 +627,9 @@ class Pacer:
         self.ring_locked(node, now)
         return True
 
-    def override(self, seat: Seat, now: int) -> int:
-        """Let one call pass without a slot if all are held where nothing runs; return when to look again."""
-        waiter, due = seats.beyond_slots(self, seat, now)
+    def override(self, dispatcher: Dispatcher, now: int) -> int:
+        """Let one call pass without a slot if all are held where nothing runs; return when to dispatch again."""
+        waiter, due = dispatchers.beyond_slots(self, dispatcher, now)
         if waiter is not None:
             take(waiter.line.node.route, waiter.amounts, now)
             self.serve(waiter, now)
@@ -621,7 +638,7 @@ class Pacer:
     def after_fork(self) -> None:
         """Start afresh in a child process: the parent's loops, waiters and leases are not here."""
         self.is_plain = False
-        self.seats.after_fork()
+        self.dispatchers.after_fork()
         self.lock = threading.Lock()
         self.jobs.clear()
         self.news.clear()

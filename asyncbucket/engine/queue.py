@@ -44,9 +44,9 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Any, Final, TypeAlias
 
+from asyncbucket.engine.dispatchers import EMPTY, SWEEP, Dispatcher
 from asyncbucket.engine.meters import Amounts, admit
 from asyncbucket.engine.node import Node
-from asyncbucket.engine.seats import EMPTY, SWEEP, Seat
 
 #: The ratio of the weights of neighboring priorities among those that wait.
 _STEP: Final = 8.0
@@ -71,7 +71,7 @@ class _Waiting:
     #: Until when it waits, if not for ever.
     deadline: int | None  # pyright: ignore[reportUninitializedInstanceVariable]
     #: The loop or thread that it waits on: only that one lets it go.
-    seat: Seat  # pyright: ignore[reportUninitializedInstanceVariable]
+    dispatcher: Dispatcher  # pyright: ignore[reportUninitializedInstanceVariable]
 
     def __lt__(self, other: "_Waiting") -> bool:
         return self.number < other.number
@@ -84,7 +84,7 @@ class Waiter(_Waiting, asyncio.Future[bool]):
     again and again.
     """
 
-    __slots__ = ("amounts", "asked", "deadline", "lease", "line", "lines", "number", "seat")
+    __slots__ = ("amounts", "asked", "deadline", "dispatcher", "lease", "line", "lines", "number")
 
 
 class SyncWaiter(_Waiting, concurrent.futures.Future[bool]):
@@ -195,14 +195,14 @@ class Line(Flow):
         self.calls = deque(sorted(calls)) if order is None else order.arrange(calls)
 
     def head(self, now: int, back: int = 0) -> tuple[AnyWaiter | None, int]:  # noqa: ARG002 - as `Branch`
-        """Return the first that waits on a seat that keeps up; `EMPTY` if there is none."""
+        """Return the first that waits on a dispatcher that keeps up; `EMPTY` if there is none."""
         calls = self.calls
         while calls:
             first = calls[0]
             if first.done() or (first.lines is not self.only and self not in first.lines):
                 calls.popleft()
-            elif first.seat.is_late:
-                first.seat.set_aside.append((self, calls.popleft()))
+            elif first.dispatcher.is_late:
+                first.dispatcher.parked.append((self, calls.popleft()))
             else:
                 first.line = self
                 return first, now
@@ -241,7 +241,7 @@ class Branch(Flow):
     def add(self, flow: Flow) -> None:
         """Let ``flow`` compete, in which somebody waits anew."""
         if flow.asleep:
-            self.rouse(flow)
+            self.wake(flow)
         elif flow in self.flows:  # emptied, but not forgotten yet
             self._enter(flow)
         else:
@@ -272,7 +272,7 @@ class Branch(Flow):
             self._weights -= flow.weight
             self._works -= flow.work
 
-    def rouse(self, flow: Flow) -> None:
+    def wake(self, flow: Flow) -> None:
         """Ask a sleeping flow anew, because something has changed; it keeps one call of its share."""
         self._make_ready(flow, kept=flow.work / flow.weight)
 
@@ -288,7 +288,7 @@ class Branch(Flow):
         while asleep and (asleep[0][0] <= now or back):
             due, flow = heapq.heappop(asleep)
             if flow.asleep == due:
-                self.rouse(flow)
+                self.wake(flow)
         while ready:
             flow = ready[0][1]
             waiter, due = flow.head(now, back)
@@ -384,24 +384,24 @@ def branch_of(node: Node, priority: int) -> Branch:
     return branch
 
 
-def rouse(node: Node) -> None:
+def wake(node: Node) -> None:
     """Ask the flows of a limiter and of those above anew, because something has changed there."""
     node.pacer.refused = None
-    _rouse(node.path)
+    _wake_flows(node.path)
     for each in node.path:
         if each.ways and (
             each is node or each.own.meters or each.own.bounded
         ):  # else nothing binds all
             for way in each.ways:
                 way.pacer.refused = None
-                _rouse(way.chain)
+                _wake_flows(way.chain)
 
 
-def _rouse(nodes: Iterable[Node]) -> None:
+def _wake_flows(nodes: Iterable[Node]) -> None:
     for node in nodes:
         for branch in node.branches.values():
             if branch.asleep:
-                branch.above.rouse(branch)
+                branch.above.wake(branch)
 
 
 def reweigh(node: Node, weight: float) -> None:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from asyncbucket.engine.cost import Cost
+from asyncbucket.engine.dispatchers import discard_closed
 from asyncbucket.engine.errors import (
     AcquireTimeout,
     AsyncBucketError,
@@ -19,7 +20,6 @@ from asyncbucket.engine.errors import (
 from asyncbucket.engine.events import Refused
 from asyncbucket.engine.meters import NEVER, Amounts
 from asyncbucket.engine.node import Node
-from asyncbucket.engine.seats import bury_closed
 from asyncbucket.engine.statistics import CacheUse, LimitUse, Statistics, Waits
 from asyncbucket.engine.wording import counted, in_seconds, with_verb
 
@@ -138,7 +138,7 @@ def _reason_locked(
             return NEVER, None, "the store that keeps its limits has to be asked"
         bound_by, due = known[0], max(now, known[1])
     if bound_by is None:
-        return pacer.next_look_locked(now), None, "others came first"
+        return pacer.next_dispatch_locked(now), None, "others came first"
     left = in_seconds((due - now) * 1e-9)
     if bound_by == "paused":
         return due, bound_by, f"the limiter is paused for {left} more{node.why_paused()}"
@@ -161,7 +161,7 @@ def statistics_locked(node: Node) -> Statistics:
     """Return what passed at ``node`` and below, what waits, and what for."""
     pacer: Pacer = node.pacer
     pacer.run_jobs_locked()
-    bury_closed(pacer)
+    discard_closed(pacer)
     now = pacer.clock()
     return Statistics(
         name=node.name,

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Any, Final, Self
 
 from asyncbucket.engine.context import deadline_of
+from asyncbucket.engine.dispatchers import ATOMIC, OfThisProcess, discard_closed
 from asyncbucket.engine.errors import AcquireTimeout, CostExceedsLimit, WouldBlock
 from asyncbucket.engine.meters import Amounts, Bucket, admit
 from asyncbucket.engine.pacer import Pacer
 from asyncbucket.engine.queue import Waiter
-from asyncbucket.engine.seats import ATOMIC, OfThisProcess, bury_closed
 from asyncbucket.engine.wording import counted, in_seconds, is_integer, is_number, read_count, shown
 
 _ONE: Final[Amounts] = {"units": 1}
@@ -120,7 +120,7 @@ class TokenBucket(OfThisProcess):
         amounts = self._amounts(amount)
         with self._pacer:
             taken = self._take_locked(amounts, self._clock()) or (
-                bury_closed(self._pacer) and self._take_locked(amounts, self._clock())
+                discard_closed(self._pacer) and self._take_locked(amounts, self._clock())
             )
         if not taken:
             retry_after = self._wait_of(amounts) * 1e-9
@@ -151,7 +151,7 @@ class TokenBucket(OfThisProcess):
     def statistics(self) -> BucketStatistics:
         """Return a frozen snapshot."""
         with self._pacer:
-            bury_closed(self._pacer)
+            discard_closed(self._pacer)
             return BucketStatistics(self._bucket.available(self._clock()), self._pacer.waiting)
 
     def __repr__(self) -> str:
@@ -186,9 +186,9 @@ class TokenBucket(OfThisProcess):
                 due = self._bucket.earliest(amounts["units"], now)
                 if due > deadline:
                     raise self._timeout_error(amount, timeout, due - now)
-            seat = pacer.seats.here()
-            waiter = Waiter(loop=seat.loop)
-            waiter.lease, waiter.seat = None, seat
+            dispatcher = pacer.dispatchers.here()
+            waiter = Waiter(loop=dispatcher.loop)
+            waiter.lease, waiter.dispatcher = None, dispatcher
             waiter.amounts, waiter.deadline = amounts, deadline
             pacer.join_locked(waiter, self._node, now)
             return waiter
@@ -224,4 +224,4 @@ class TokenBucket(OfThisProcess):
         with self._pacer:
             now = self._clock()
             due, bound_by = self._node.earliest(amounts, now)
-            return (due if bound_by else self._pacer.next_look_locked(now)) - now
+            return (due if bound_by else self._pacer.next_dispatch_locked(now)) - now

@@ -45,9 +45,9 @@ from llama_index.core.schema import BaseComponent
 from llama_index.core.tools import BaseTool
 from llama_index.core.tools.types import AsyncBaseTool
 
+from asyncbucket.engine.dispatchers import Lock
 from asyncbucket.engine.limiter import Limiter
 from asyncbucket.engine.limits import Limit
-from asyncbucket.engine.seats import Lock
 from asyncbucket.levels import levels, terms_of
 from asyncbucket.llama_index.clients import REPORTS, late_client, unretried_options, without_retries
 from asyncbucket.llama_index.estimate import Estimate, Estimator

@@ -30,9 +30,9 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final, Literal, TypeAlias
 
+from asyncbucket.engine.dispatchers import Lock
 from asyncbucket.engine.limiter import Limiter
 from asyncbucket.engine.limits import Limit
-from asyncbucket.engine.seats import Lock
 from asyncbucket.engine.wording import in_seconds
 from asyncbucket.levels import (
     can_give_slots_up,

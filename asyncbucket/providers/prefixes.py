@@ -40,8 +40,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeAlias
 
+from asyncbucket.engine.dispatchers import Lock
 from asyncbucket.engine.limiter import Limiter
-from asyncbucket.engine.seats import Lock
 from asyncbucket.levels import (
     amounts_of,
     count_cached,

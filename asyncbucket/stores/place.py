@@ -20,6 +20,7 @@ from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Final
 
+from asyncbucket.engine.dispatchers import Dispatcher, reset_after_fork
 from asyncbucket.engine.errors import CostExceedsLimit, StoreError
 from asyncbucket.engine.events import Event, LimitChanged, Outcome
 from asyncbucket.engine.interfaces import Place
@@ -28,7 +29,6 @@ from asyncbucket.engine.meters import NEVER, Amounts, Meters
 from asyncbucket.engine.node import Node
 from asyncbucket.engine.queue import AnyWaiter, Line
 from asyncbucket.engine.report import too_late_locked
-from asyncbucket.engine.seats import Seat, reset_after_fork
 from asyncbucket.engine.statistics import LimitUse
 from asyncbucket.engine.terms import OnOutage
 from asyncbucket.stores import open_store
@@ -190,12 +190,12 @@ class StorePlace(Place):
 
     # --- what the pacer asks: see `asyncbucket.engine.interfaces.Place` ---
 
-    def room(self, seat: Seat) -> bool:
-        self._open_session(seat.loop)
+    def room(self, dispatcher: Dispatcher) -> bool:
+        self._open_session(dispatcher.loop)
         return self.has_room(self.clock())
 
     def push(self, waiter: AnyWaiter, below: Meters, now: int) -> None:
-        session = self._open_session(waiter.seat.loop)
+        session = self._open_session(waiter.dispatcher.loop)
         self.calls[waiter] = _Standing(waiter.line, below, now)
         session.wake_for(waiter)
 
@@ -278,7 +278,11 @@ class StorePlace(Place):
         with pacer.lock:
             yield
         pacer.catch_up(tell=False)
-        loops = [seat.loop for seat in list(pacer.seats.values())] if pacer.news else []
+        loops = (
+            [dispatcher.loop for dispatcher in list(pacer.dispatchers.values())]
+            if pacer.news
+            else []
+        )
         running = [loop for loop in loops if loop is not None and loop.is_running()]
         here = asyncio._get_running_loop()  # noqa: SLF001 - None in a plain thread
         if running and here not in running:
@@ -352,7 +356,7 @@ class StorePlace(Place):
 
     def heads(self) -> list[AnyWaiter]:
         """Return the calls that go next, in order; they stay here. Those that have failed are told."""
-        self._bury()
+        self._discard()
         self._tell_failed()
         return [each for each in self._unbooked() if not self.has_failed(each)][: self._room]
 
@@ -368,10 +372,10 @@ class StorePlace(Place):
             if standing.reservation is None and not waiter.done()
         ]
 
-    def _bury(self) -> None:
+    def _discard(self) -> None:
         """Count out the calls whose loop was closed."""
         for waiter in list(self.calls):
-            if waiter.seat.is_closed():
+            if waiter.dispatcher.is_closed():
                 self._pacer.gone_locked(waiter, self.clock())
 
     def fail_all(self, cause: Exception) -> None:
@@ -380,7 +384,7 @@ class StorePlace(Place):
         More of them wait in the pacer's line than fit in here. Each of those would otherwise try the
         store anew, in vain: it may take seconds to notice that it is gone.
         """
-        self._failure = cause, self._pacer.seats.arrivals
+        self._failure = cause, self._pacer.dispatchers.arrivals
         self._tell_failed()
         self._ring()
 
@@ -449,10 +453,10 @@ class StorePlace(Place):
 
         Those of plain threads are due at ``home``.
         """
-        self._bury()
+        self._discard()
         next_start, elsewhere = NEVER, set[asyncio.AbstractEventLoop]()
         for waiter, standing in list(self.calls.items()):
-            loop, reservation = waiter.seat.loop or home, standing.reservation
+            loop, reservation = waiter.dispatcher.loop or home, standing.reservation
             if reservation is None or waiter.done():  # it gave up, and will leave
                 continue
             if reservation.start > now:
@@ -489,7 +493,7 @@ class StorePlace(Place):
                 meter.owe(debt, now)
         if reservation.slot:
             self._slots.add(id(waiter.lease))
-        waiter.seat.ring(now)  # a thread has to look
+        waiter.dispatcher.ring(now)  # a thread has to dispatch
 
     def _moved(self, reservation: Reservation, now: int) -> Reservation | None:
         """Return the booking of a call that starts now, moved to now if its window would forget it too early.
@@ -515,14 +519,14 @@ class StorePlace(Place):
                 places = [tree.place for tree in self._pacer.trees if tree.place is not None]
                 for waiter in [waiter for place in places for waiter in place.held_back()]:
                     waiter.lease._seek_locked(waiter, self.clock())  # noqa: SLF001 - no user is to see it
-                self.ring_seats()
+                self.ring_dispatchers()
 
-    def ring_seats(self) -> None:
-        """Have those look whose calls wait: there may be room; with the lock held."""
+    def ring_dispatchers(self) -> None:
+        """Have those dispatch whose calls wait: there may be room; with the lock held."""
         now = self.clock()
-        for seat in list(self._pacer.seats.values()):
-            if seat.waiting:
-                seat.ring(now)
+        for dispatcher in list(self._pacer.dispatchers.values()):
+            if dispatcher.waiting:
+                dispatcher.ring(now)
 
     def forget(self, session: Session) -> None:
         """Note that a session has ended."""
@@ -551,7 +555,7 @@ class StorePlace(Place):
         """Return the session; if there is none, open it, on ``loop`` if the store is the user's."""
         if self._session is not None and self._session.loop.is_closed():
             self._session = None
-            self._bury()
+            self._discard()
         if self._session is None:
             self._session = Session(self, None if self.owns_store else loop)
         return self._session

@@ -23,9 +23,9 @@ from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
+from asyncbucket.engine.dispatchers import GRACE, NAP
 from asyncbucket.engine.errors import StoreError
 from asyncbucket.engine.meters import NEVER, Amounts
-from asyncbucket.engine.seats import GRACE, NAP
 from asyncbucket.stores.outage import STEADY, StoreHealth
 from asyncbucket.stores.store import (
     SLOT,
@@ -130,8 +130,8 @@ class Session:
     def wake_for(self, waiter: Any) -> None:
         """Serve ``waiter``, which stands at the store now."""
         self._is_closing = self._is_closing and self._place.has_failed(waiter)
-        if waiter.seat.loop is not None:
-            self._seen[waiter.seat.loop] = self._clock()
+        if waiter.dispatcher.loop is not None:
+            self._seen[waiter.dispatcher.loop] = self._clock()
         self.ring()
 
     def ask_again(self) -> None:
@@ -242,7 +242,7 @@ class Session:
         if self._health.is_gone:
             return True
         with self._place.lock():
-            loops = [waiter.seat.loop for waiter in self._place.calls]
+            loops = [waiter.dispatcher.loop for waiter in self._place.calls]
             if self._outbox.batch.corrections or any(
                 not loop or loop.is_running() for loop in loops
             ):
@@ -263,7 +263,7 @@ class Session:
         with self._place.lock():
             all_heads = self._place.heads()
             heads: Sequence[Any] = [
-                each for each in all_heads if not self._is_blocked(each.seat.loop)
+                each for each in all_heads if not self._is_blocked(each.dispatcher.loop)
             ]
             is_urgent = self._outbox.batch.config is not None or self._outbox.batch.pause > 0
             if self._heard.in_line and not is_urgent:
@@ -385,7 +385,7 @@ class Session:
             now = self._clock()
             next_start, elsewhere = self._place.admit_due(here, self.loop, now)
             if self._place.has_room(now):
-                self._place.ring_seats()
+                self._place.ring_dispatchers()
             if here is self.loop:
                 self._set_timer(next_start)
                 for loop in elsewhere:
@@ -405,7 +405,7 @@ class Session:
         Nothing is booked for a loop that is blocked: it would start too late.
         """
         now = self._clock()
-        loops = {each.seat.loop for each in heads} - {None, self.loop}
+        loops = {each.dispatcher.loop for each in heads} - {None, self.loop}
         stale = [loop for loop in loops if self._seen.get(loop, 0) < now - _FRESH]
         return max((self._ask_loop(loop, now) + GRACE + 1 for loop in stale), default=0)
 
@@ -437,7 +437,7 @@ class Session:
                 return
 
     def _admit_alone(self, heads: Sequence[Any]) -> int:
-        """Admit calls that the policy allows without the store; return when to look again."""
+        """Admit calls that the policy allows without the store; return when to dispatch again."""
         now: int = self._clock()
         when = now
         with self._place.lock():

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable
 from typing import Final
 
-from asyncbucket.engine.seats import Lock
+from asyncbucket.engine.dispatchers import Lock
 from asyncbucket.stores.store import Store
 
 

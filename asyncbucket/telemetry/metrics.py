@@ -15,9 +15,9 @@ from typing import Any, Final, Self, TypeAlias, cast
 
 from asyncbucket.engine import events
 from asyncbucket.engine.cost import Cost
+from asyncbucket.engine.dispatchers import Lock
 from asyncbucket.engine.events import Event
 from asyncbucket.engine.limiter import Limiter
-from asyncbucket.engine.seats import Lock
 from asyncbucket.engine.statistics import shares_used
 from asyncbucket.engine.wording import USD, in_given_unit
 from asyncbucket.levels import levels, members_of, shown_name

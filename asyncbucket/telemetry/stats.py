@@ -27,10 +27,10 @@ from pathlib import Path
 from typing import Any, Final, Self, cast
 from urllib.parse import urlsplit
 
+from asyncbucket.engine.dispatchers import reset_after_fork
 from asyncbucket.engine.errors import AsyncBucketError
 from asyncbucket.engine.events import Admitted, Cancelled, Event, Paused, Queued, Refused
 from asyncbucket.engine.limiter import Limiter
-from asyncbucket.engine.seats import reset_after_fork
 from asyncbucket.engine.statistics import LimitUse
 from asyncbucket.engine.wording import read_count
 from asyncbucket.levels import members_of

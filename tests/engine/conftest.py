@@ -10,8 +10,8 @@ from unittest.mock import ANY
 import pytest
 
 from asyncbucket import AcquireTimeout, Limiter, QueueFull, WouldBlock
+from asyncbucket.engine.dispatchers import ThreadDispatcher
 from asyncbucket.engine.meters import Meter, Route, admit
-from asyncbucket.engine.seats import ThreadSeat
 from asyncbucket.testing import VirtualTime, VirtualTimeLoop
 
 T = TypeVar("T")
@@ -57,10 +57,10 @@ def nothing_is_left(*limiters: Limiter) -> None:
     for limiter in limiters:
         now = limiter.statistics()
         assert (now.waiting, now.in_flight) == (0, 0)
-        seats = limiter._node.pacer.seats
-        for seat in (seats.threads, *seats.values()):
-            assert (seat.waiting, seat.leases) == (0, 0)
-            assert not isinstance(seat, ThreadSeat)
+        dispatchers = limiter._node.pacer.dispatchers
+        for dispatcher in (dispatchers.threads, *dispatchers.values()):
+            assert (dispatcher.waiting, dispatcher.leases) == (0, 0)
+            assert not isinstance(dispatcher, ThreadDispatcher)
 
 
 @contextlib.contextmanager

@@ -48,7 +48,7 @@ from asyncbucket.pools import PoolLease
 from asyncbucket.testing import DeadlockError, VirtualTime, virtual_time
 
 SECOND = 1_000_000_000
-#: How long a window may remember a call, in windows; and how late (ns) a look may be.
+#: How long a window may remember a call, in windows; and how late (ns) a dispatch may be.
 MEMORY = Fraction(517, 512)
 LATE = 3_000_000
 #: In the same instant, what was given back comes first, and debts come last.

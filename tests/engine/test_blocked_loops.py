@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from asyncbucket import AcquireTimeout, CostExceedsLimit, Lease, Limiter, Pool
-from asyncbucket.engine import seats
+from asyncbucket.engine import dispatchers
 from asyncbucket.testing import VirtualClock, VirtualTime
 from tests.engine.conftest import cancel, nothing_is_left, start_all
 from tests.engine.test_threads import ENOUGH, eventually, in_another_thread, loop_in_thread, take
@@ -20,7 +20,7 @@ from tests.engine.test_threads import ENOUGH, eventually, in_another_thread, loo
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> float:
-    monkeypatch.setattr(seats, "_PATIENCE", 100_000_000)
+    monkeypatch.setattr(dispatchers, "_PATIENCE", 100_000_000)
     return 0.1
 
 
@@ -38,7 +38,9 @@ def overridden(key: Limiter) -> int:
     return key.statistics().overridden
 
 
-async def test_loop_that_looks_again_in_its_next_turn_is_not_blocked(time: VirtualTime) -> None:
+async def test_loop_that_dispatches_again_in_its_next_turn_is_not_blocked(
+    time: VirtualTime,
+) -> None:
     """It does so when a caller who may be back then would be next."""
     await asyncio.sleep(60)
     limiter = Limiter(concurrency=1, clock=time.clock.__call__)  # a real loop asks, too
@@ -198,11 +200,11 @@ def test_calls_wait_for_busy_loop_that_holds_all_slots() -> None:
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
             job = pool.submit(limiter.acquire_sync)
             eventually(lambda: limiter.statistics().waiting == 1)
-            seat = limiter._node.pacer.seats[loop]
+            dispatcher = limiter._node.pacer.dispatchers[loop]
             for _ in range(20):
                 clock.advance(0.6)
                 limiter.pause(0)  # it rings the pacer
-                eventually(lambda: seat.looks_at > clock())  # it has answered
+                eventually(lambda: dispatcher.wakes_at > clock())  # it has answered
             assert not job.done()
             lease.release()
             job.result(ENOUGH).release()

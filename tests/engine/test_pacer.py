@@ -124,7 +124,7 @@ async def test_slots_that_do_not_come_back_are_named_once(
 ) -> None:
     """Only the machine's clock says so, which this clock is taken for: on others a minute is nothing."""
     clock = time.clock
-    monkeypatch.setattr("asyncbucket.engine.seats.time", SimpleNamespace(monotonic_ns=clock))
+    monkeypatch.setattr("asyncbucket.engine.dispatchers.time", SimpleNamespace(monotonic_ns=clock))
     limiter = Limiter(concurrency=2, name="openai", clock=clock)
     below = limiter.child("chat", concurrency=5)
     forgotten = [await below.acquire() for _ in range(2)]

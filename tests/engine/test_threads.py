@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from asyncbucket import AcquireTimeout, CostExceedsLimit, Lease, Limiter, TokenBucket
-from asyncbucket.engine.seats import ThreadSeat
+from asyncbucket.engine.dispatchers import ThreadDispatcher
 from asyncbucket.testing import VirtualClock, VirtualTime
 from tests.engine.conftest import nothing_is_left, used
 
@@ -151,7 +151,7 @@ def test_timed_out_head_makes_room_for_call_on_another_loop(
     cheap = asyncio.ensure_future(limiter.acquire(tokens=1), loop=there)
     turn(there, here)
     clock.advance(30)
-    limiter.pause(0)  # both look again
+    limiter.pause(0)  # both dispatch again
     turn(here)
     assert isinstance(costly.exception(), AcquireTimeout)
     late = asyncio.ensure_future(limiter.acquire(tokens=1), loop=here)
@@ -196,7 +196,7 @@ def test_lowered_limit_fails_call_that_waits_elsewhere(where: str) -> None:
     nothing_is_left(limiter)
 
 
-def test_lowered_limit_fails_calls_that_stand_aside(
+def test_lowered_limit_fails_calls_that_are_parked(
     two_loops: tuple[asyncio.AbstractEventLoop, ...],
 ) -> None:
     """They learn it once their loop runs again; what gave up meanwhile competes no more."""
@@ -213,7 +213,7 @@ def test_lowered_limit_fails_calls_that_stand_aside(
     held.settle(tokens=0)
     turn(running)
     clock.advance(0.1)
-    limiter.pause(0)  # both look again
+    limiter.pause(0)  # both dispatch again
     turn(running)
     assert cheap.result().waited == 0.1
     cancelled.cancel()
@@ -237,15 +237,15 @@ def test_interrupted_thread_gives_everything_back(
     limiter = Limiter("100 TPM", concurrency=1)
     holder = limiter.acquire_nowait()
 
-    def block(seat: Any, done: Callable[[], bool], _: object) -> None:
+    def block(dispatcher: Any, done: Callable[[], bool], _: object) -> None:
         assert limiter.statistics().waiting == 1
         if admitted:
             holder.release()
-            seat.look(seat)
+            dispatcher.dispatch(dispatcher)
         assert done() == admitted
         raise Interrupted
 
-    monkeypatch.setattr(ThreadSeat, "block", block)
+    monkeypatch.setattr(ThreadDispatcher, "block", block)
     with pytest.raises(Interrupted):
         limiter.acquire_sync(tokens=70)
     holder.release()

@@ -1,17 +1,17 @@
 """Where calls wait: on an event loop, or in a blocked thread; and what belongs to one process.
 
-A seat looks at the queue (`asyncbucket.engine.pacer.Pacer.look`) when the next call may go, and when
-its doorbell rings. The doorbell of a loop is an `asyncio.Condition` on which one task sleeps. It is
+A dispatcher has the queue served (`asyncbucket.engine.pacer.Pacer.dispatch`) when the next call may
+go, and when its doorbell rings. The doorbell of a loop is an `asyncio.Condition` on which one task sleeps. It is
 rung by synchronous code such as ``lease.release()``, which cannot await the Condition's lock. Within
 a loop's thread there is nothing to lock out: between two awaits the task runs alone. So the
 Condition has a lock that always says it is held, and ringing is one ``notify``. Only that task waits
 on the Condition, so no notification is lost to a waiter that is being cancelled (CPython
 gh-112202), and nobody is woken in vain. The task is there while several calls wait. For a lone one,
-and when the timer is due, the loop looks itself, without the detour of waking a task: so a slot
+and when the timer is due, the loop dispatches itself, without the detour of waking a task: so a slot
 that changes hands all the time costs no task.
 
-A seat whose loop is blocked misses its turn. Then its calls stand aside, so that it holds up nobody,
-until it looks again; those of a closed loop are counted out for good. If every slot is held on loops
+A dispatcher whose loop is blocked misses its turn. Then its calls are parked, so that it holds up nobody,
+until it dispatches again; those of a closed loop are counted out for good. If every slot is held on loops
 that are blocked, one call at a time passes without a slot, because what blocks a loop may be waiting
 for that very call. All of this is called by the `asyncbucket.engine.pacer.Pacer`, with its lock held.
 """
@@ -46,7 +46,7 @@ SWEEP: Final = 64
 NAP: Final = 20e-6
 _LONGEST: Final = 86_400.0
 
-#: How late (ns) a seat may be for its turn before others go first; before it counts as blocked.
+#: How late (ns) a dispatcher may be for its turn before others go first; before it counts as blocked.
 GRACE: Final = 50_000_000
 _PATIENCE: Final = 1_000_000_000
 #: After this time (ns) without an admission, slots may have been forgotten.
@@ -55,37 +55,37 @@ _STALL: Final = 5_000_000_000
 
 _log: Final = logging.getLogger("asyncbucket")
 
-#: Looks at the queue for a seat, and lets it sleep until it must look again.
-Look: TypeAlias = Callable[["Seat"], None]
+#: Serves the queue for a dispatcher, and lets it sleep until it must dispatch again.
+Dispatch: TypeAlias = Callable[["Dispatcher"], None]
 
 
-class Seat:
+class Dispatcher:
     """Where calls wait; by itself, only where leases are held: in plain threads."""
 
     #: Its event loop, if it is one.
     loop: asyncio.AbstractEventLoop | None = None
 
-    def __init__(self, look: Look | None = None) -> None:
+    def __init__(self, dispatch: Dispatch | None = None) -> None:
         #: None once its calls count nowhere any more: its process was forked.
-        self.look = look
+        self.dispatch = dispatch
         #: Where the leases of its calls count: those of a waiting thread belong to the loop that it
         #: blocks, or to all threads.
-        self.home: Seat = self
+        self.home: Dispatcher = self
         #: Open leases of calls made here, and calls that wait here.
         self.leases = self.waiting = 0
-        #: When it will look again.
-        self.looks_at = EMPTY
-        #: Whether it missed its turn; then its calls stand aside until it looks.
+        #: When it dispatches next.
+        self.wakes_at = EMPTY
+        #: Whether it missed its turn; then its calls are parked until it dispatches.
         self.is_late = False
-        self.set_aside: list[tuple[Any, Any]] = []
+        self.parked: list[tuple[Any, Any]] = []
         self._deadlines: list[tuple[int, Any]] = []
 
     def ring(self, now: int) -> bool:
-        """Make it look soon; from any thread, with the lock held. Return whether it can be rung."""
+        """Make it dispatch soon; from any thread, with the lock held. Return whether it can be rung."""
         raise NotImplementedError
 
     def sleep(self, until: int, now: int) -> None:
-        """Have it look at ``until``, if the bell does not ring before."""
+        """Have it dispatch at ``until``, if the bell does not ring before."""
 
     def is_closed(self) -> bool:
         """Tell whether nothing can run here any more."""
@@ -110,11 +110,11 @@ class Seat:
         return deadlines[0] if deadlines else (EMPTY, None)
 
 
-class LoopSeat(Seat):
+class LoopDispatcher(Dispatcher):
     """An event loop on which calls wait."""
 
-    def __init__(self, look: Look, loop: asyncio.AbstractEventLoop) -> None:
-        super().__init__(look)
+    def __init__(self, dispatch: Dispatch, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__(dispatch)
         self.loop: asyncio.AbstractEventLoop = loop  # pyright: ignore[reportIncompatibleVariableOverride]
         self._bell = asyncio.Condition(_AlwaysHeldLock())
         #: The task that sleeps on the bell while several calls wait; and whether it sleeps.
@@ -122,17 +122,17 @@ class LoopSeat(Seat):
         self._is_asleep = False
         self._timer: asyncio.Handle | None = None
         self._rings_at = 0
-        #: Whether the bell has rung and the loop has not come to look yet.
+        #: Whether the bell has rung and the loop has not come to dispatch yet.
         self._rung = False
-        #: Looks are made for everyone, not in the context of the call that happened to come first.
+        #: It dispatches for everyone, not in the context of the call that happened to come first.
         self._context = contextvars.Context()
 
     def ring(self, now: int) -> bool:
-        if now < self.looks_at:  # noqa: PLR1730 - `min` would be a call
-            self.looks_at = now
+        if now < self.wakes_at:  # noqa: PLR1730 - `min` would be a call
+            self.wakes_at = now
         if self._rung:
             return True
-        self._rung = True  # first: the other thread may come to look at once
+        self._rung = True  # first: the other thread may come to dispatch at once
         if self._runs_here():
             self._wake()
         else:
@@ -151,7 +151,7 @@ class LoopSeat(Seat):
         return bool(thread == threading.get_ident())
 
     def _wake(self) -> None:
-        """Have it look in the loop's next iteration."""
+        """Have it dispatch in the loop's next iteration."""
         if self._is_asleep:
             self._bell.notify()
         elif self._task is None and self.waiting > 1:
@@ -163,22 +163,22 @@ class LoopSeat(Seat):
             self.loop.call_soon(self._tick, context=self._context)
 
     async def _serve(self) -> None:
-        """Look whenever the bell rings, as long as somebody waits here."""
+        """Dispatch whenever the bell rings, as long as somebody waits here."""
         try:
-            self._look()
+            self._dispatch()
             while self.waiting:
                 self._is_asleep = True
                 await self._bell.wait()
                 self._is_asleep = False
-                self._look()
+                self._dispatch()
         finally:
             self._is_asleep = False
             self._task = None
 
     def _tick(self) -> None:
-        """Look without the detour of waking the task."""
+        """Dispatch without the detour of waking the task."""
         try:
-            self._look()
+            self._dispatch()
         finally:
             if self._is_asleep and not self.waiting:  # it has nothing more to do
                 self._bell.notify()
@@ -187,13 +187,13 @@ class LoopSeat(Seat):
         self._timer = None
         self._tick()
 
-    def _look(self) -> None:
+    def _dispatch(self) -> None:
         self._rung = False
-        if self.look is not None:  # pragma: no branch - None in a forked process
-            self.look(self)
+        if self.dispatch is not None:  # pragma: no branch - None in a forked process
+            self.dispatch(self)
 
     def sleep(self, until: int, now: int) -> None:
-        self.looks_at = until
+        self.wakes_at = until
         if self._timer is not None:
             if until == self._rings_at:
                 return
@@ -220,49 +220,49 @@ class _AlwaysHeldLock(asyncio.Lock):
         """Do nothing."""
 
 
-class ThreadSeat(Seat):
-    """A blocked thread whose one call waits; it looks by itself."""
+class ThreadDispatcher(Dispatcher):
+    """A blocked thread whose one call waits; it dispatches by itself."""
 
-    def __init__(self, look: Look) -> None:
-        super().__init__(look)
+    def __init__(self, dispatch: Dispatch) -> None:
+        super().__init__(dispatch)
         self._bell = threading.Event()
 
     def ring(self, now: int) -> bool:
-        self.looks_at = min(self.looks_at, now)
+        self.wakes_at = min(self.wakes_at, now)
         self._bell.set()
         return True
 
     def sleep(self, until: int, now: int) -> None:  # noqa: ARG002 - as a loop's
-        self.looks_at = until
+        self.wakes_at = until
 
     def block(self, done: Callable[[], bool], clock: Callable[[], int]) -> None:
-        """Block this thread, looking when it is time, until ``done``."""
+        """Block this thread, dispatching when it is time, until ``done``."""
         while not done():
-            seconds = (self.looks_at - clock()) * 1e-9
+            seconds = (self.wakes_at - clock()) * 1e-9
             self._bell.wait(min(max(seconds, NAP), _LONGEST))
             self._bell.clear()
-            if self.look is not None:  # pragma: no branch - as above
-                self.look(self)
+            if self.dispatch is not None:  # pragma: no branch - as above
+                self.dispatch(self)
 
 
-#: The seat of calls that were counted out: they gave up, or their loop was closed.
-NOWHERE: Final = Seat()
+#: The dispatcher of calls that were counted out: they gave up, or their loop was closed.
+NOWHERE: Final = Dispatcher()
 
 
-class Seats(dict[object, Seat]):
-    """All seats of a tree of limiters: of loops, by loop, and of threads that are blocked, by themselves."""
+class Dispatchers(dict[object, Dispatcher]):
+    """All dispatchers of a tree of limiters: of loops, by loop, and of threads that are blocked, by themselves."""
 
-    def __init__(self, look: Look) -> None:
+    def __init__(self, dispatch: Dispatch) -> None:
         super().__init__()
-        self._look = look
+        self._dispatch = dispatch
         #: How many calls have ever waited here, and how often one has left where it stood.
         self.arrivals = self.departures = 0
         #: Where plain threads hold their leases; and the loop that ran last in a thread.
-        self.threads = Seat(look)
-        self.by_thread: dict[int, LoopSeat] = {}
+        self.threads = Dispatcher(dispatch)
+        self.by_thread: dict[int, LoopDispatcher] = {}
 
-    def here(self) -> Seat:
-        """Return the seat of the running loop; that of plain threads if none runs.
+    def here(self) -> Dispatcher:
+        """Return the dispatcher of the running loop; that of plain threads if none runs.
 
         asyncio makes a system call for each answer (to detect forks), so the answer is kept while
         that loop runs.
@@ -274,89 +274,93 @@ class Seats(dict[object, Seat]):
         loop = asyncio._get_running_loop()  # noqa: SLF001 - None in a plain thread
         if loop is None:
             return self.threads
-        seat = self.get(loop)
-        if not isinstance(seat, LoopSeat):
+        dispatcher = self.get(loop)
+        if not isinstance(dispatcher, LoopDispatcher):
             for key, each in list(self.items()):
                 if each.is_closed() and not (each.leases or each.waiting):
                     del self[key]
             here = self.by_thread
             self.by_thread = {key: here[key] for key in here if not here[key].is_closed()}
-            seat = self[loop] = LoopSeat(self._look, loop)
-        self.by_thread[thread] = seat
-        return seat
+            dispatcher = self[loop] = LoopDispatcher(self._dispatch, loop)
+        self.by_thread[thread] = dispatcher
+        return dispatcher
 
     def after_fork(self) -> None:
         """Start afresh in a child process: what waits or is held belongs to the parent's."""
-        for seat in (self.threads, *self.values()):
-            seat.look = None
+        for dispatcher in (self.threads, *self.values()):
+            dispatcher.dispatch = None
         self.clear()
         self.by_thread.clear()
-        self.threads = Seat(self._look)
+        self.threads = Dispatcher(self._dispatch)
 
 
 # --- loops that do not run ---
 
 
-def is_late(pacer: Any, seat: Seat, now: int) -> bool:
-    """Tell whether ``seat`` missed its turn; if so, its calls stand aside until it looks."""
-    if seat.is_closed():
-        seat.is_late = True
-        bury(pacer, seat)
-    elif now > seat.looks_at + GRACE:
-        seat.is_late = True
-    return seat.is_late
+def is_late(pacer: Any, dispatcher: Dispatcher, now: int) -> bool:
+    """Tell whether ``dispatcher`` missed its turn; if so, its calls are parked until it dispatches."""
+    if dispatcher.is_closed():
+        dispatcher.is_late = True
+        discard(pacer, dispatcher)
+    elif now > dispatcher.wakes_at + GRACE:
+        dispatcher.is_late = True
+    return dispatcher.is_late
 
 
-def return_set_aside(seat: Seat) -> None:
-    """Put calls that stood aside back in their places."""
-    seat.is_late = False
-    aside, seat.set_aside = seat.set_aside, []
-    for line in dict.fromkeys(line for line, _ in aside):
-        line.refill([*(waiter for each, waiter in aside if each is line), *line.calls])
+def unpark(dispatcher: Dispatcher) -> None:
+    """Put parked calls back in their places."""
+    dispatcher.is_late = False
+    parked, dispatcher.parked = dispatcher.parked, []
+    for line in dict.fromkeys(line for line, _ in parked):
+        line.refill([*(waiter for each, waiter in parked if each is line), *line.calls])
         if line.living:  # else all have given up
             line.arrive()
 
 
-def bury_closed(pacer: Any) -> bool:
+def discard_closed(pacer: Any) -> bool:
     """Count out all who wait on loops that were closed; return whether there were any."""
-    closed = [seat for seat in pacer.seats.values() if seat.waiting and seat.is_closed()]
-    for seat in closed:
-        bury(pacer, seat)
+    closed = [
+        dispatcher
+        for dispatcher in pacer.dispatchers.values()
+        if dispatcher.waiting and dispatcher.is_closed()
+    ]
+    for dispatcher in closed:
+        discard(pacer, dispatcher)
     return bool(closed)
 
 
-def bury(pacer: Any, seat: Seat) -> None:
-    """Count out all who wait on ``seat``, whose loop was closed."""
+def discard(pacer: Any, dispatcher: Dispatcher) -> None:
+    """Count out all who wait on ``dispatcher``, whose loop was closed."""
     lines = {line for tree in pacer.trees for line in tree.top.lines()}
-    lines |= {line for line, _ in seat.set_aside}
-    aside = (waiter for _, waiter in seat.set_aside)
-    for waiter in [*(each for line in lines for each in line.calls), *aside]:
-        if waiter.seat is seat and waiter.lines:
+    lines |= {line for line, _ in dispatcher.parked}
+    parked = (waiter for _, waiter in dispatcher.parked)
+    for waiter in [*(each for line in lines for each in line.calls), *parked]:
+        if waiter.dispatcher is dispatcher and waiter.lines:
             pacer.leave_lines(waiter)
             pacer.count_in(waiter, -1)
-            waiter.seat = NOWHERE
+            waiter.dispatcher = NOWHERE
     for line in lines:
-        line.refill(each for each in line.calls if each.seat is not NOWHERE)
-    seat.set_aside.clear()
+        line.refill(each for each in line.calls if each.dispatcher is not NOWHERE)
+    dispatcher.parked.clear()
 
 
-def beyond_slots(pacer: Any, seat: Seat, now: int) -> tuple[Any, int]:
-    """Return a call that is to pass without a slot, because loops that do not run hold all; else when to look again.
+def beyond_slots(pacer: Any, dispatcher: Dispatcher, now: int) -> tuple[Any, int]:
+    """Return a call that is to pass without a slot, because loops that do not run hold all; else when to dispatch again.
 
     Code may block its loop while it waits for a call on another loop (LlamaIndex's
     ``VectorStoreIndex(use_async=True)`` does), while tasks of the blocked loop hold all slots.
     """
-    holders = [each for each in pacer.seats.values() if each.leases]
-    if not holders or seat.leases or pacer.seats.threads.leases:
+    holders = [each for each in pacer.dispatchers.values() if each.leases]
+    if not holders or dispatcher.leases or pacer.dispatchers.threads.leases:
         return None, wait_for_slots(pacer, now)
     for each in holders:
         each.ring(now)
-    heard = max(each.looks_at for each in holders)
+    heard = max(each.wakes_at for each in holders)
     if now < heard + _PATIENCE:
         return None, heard + _PATIENCE
     back = sum(each.leases for each in holders)
     waiter, due = pacer.top.head(now, back)
-    if waiter is None or waiter.seat is not seat:
+    if waiter is None or waiter.dispatcher is not dispatcher:
         return None, due
     route = waiter.line.node.route
     due, _ = admit(route, waiter.amounts, waiter.line.since, now, book=False, back=back)
@@ -373,7 +377,7 @@ def beyond_slots(pacer: Any, seat: Seat, now: int) -> tuple[Any, int]:
 
 
 def wait_for_slots(pacer: Any, now: int) -> int:
-    """Return when to look again while slots have to come back; warn once if none does.
+    """Return when to dispatch again while slots have to come back; warn once if none does.
 
     A lease that is dropped gives its slot back; one that something still holds does not.
     """
