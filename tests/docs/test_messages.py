@@ -16,18 +16,10 @@ QUOTED: Final = [
     for row in re.findall(r"^\| (`.*?) \|", PAGE, re.MULTILINE)
     for quote in re.findall("`([^`]+)`", row)
 ]
-ERRORS: Final = frozenset(
-    [
-        "AcquireTimeout",
-        "BudgetExceeded",
-        "CostExceedsLimit",
-        "DeadlockError",
-        "QueueFull",
-        "StoreError",
-        "UnknownPrice",
-        "WouldBlock",
-    ]
-)
+ERRORS: Final = {
+    *("AcquireTimeout", "BudgetExceeded", "CostExceedsLimit", "DeadlockError", "QueueFull"),
+    *("StoreError", "UnknownPrice", "WouldBlock"),
+}
 
 
 def text_of(node: ast.expr) -> str:

@@ -16,6 +16,7 @@ from asyncbucket.engine.dispatchers import ThreadDispatcher
 from asyncbucket.testing import VirtualClock, VirtualTime
 from tests.engine.conftest import nothing_is_left, used
 
+Loops = tuple[asyncio.AbstractEventLoop, asyncio.AbstractEventLoop]
 #: Seconds after which a test that waits for another thread gives up.
 ENOUGH = 20
 
@@ -34,7 +35,7 @@ def loop_in_thread() -> Generator[asyncio.AbstractEventLoop]:
 
 
 @pytest.fixture
-def two_loops() -> Iterator[tuple[asyncio.AbstractEventLoop, asyncio.AbstractEventLoop]]:
+def two_loops() -> Iterator[Loops]:
     """Give two loops that run only during `turn`."""
     loops = asyncio.new_event_loop(), asyncio.new_event_loop()
     yield loops
@@ -140,7 +141,7 @@ def test_calls_of_two_loops_pass_in_order_of_arrival_and_by_shares(light: int) -
 
 
 def test_timed_out_head_makes_room_for_call_on_another_loop(
-    two_loops: tuple[asyncio.AbstractEventLoop, ...],
+    two_loops: Loops,
 ) -> None:
     clock = VirtualClock()
     limiter = Limiter("10 TPM", clock=clock.__call__)  # moved by hand, on real loops
@@ -161,7 +162,7 @@ def test_timed_out_head_makes_room_for_call_on_another_loop(
 
 
 def test_call_passes_right_after_the_one_before_it_on_another_loop(
-    two_loops: tuple[asyncio.AbstractEventLoop, ...],
+    two_loops: Loops,
 ) -> None:
     limiter = Limiter("10 TPM")
     held = limiter.acquire_nowait(tokens=10)
@@ -197,7 +198,7 @@ def test_lowered_limit_fails_call_that_waits_elsewhere(where: str) -> None:
 
 
 def test_lowered_limit_fails_calls_that_are_parked(
-    two_loops: tuple[asyncio.AbstractEventLoop, ...],
+    two_loops: Loops,
 ) -> None:
     """They learn it once their loop runs again; what gave up meanwhile competes no more."""
     clock = VirtualClock()

@@ -6,7 +6,6 @@ Real servers on loopback, on the machine's clock: virtual time does not reach th
 import asyncio
 import gzip
 import json
-from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +17,12 @@ import pytest
 from asyncbucket.cli.proxy import ProxyOptions
 from asyncbucket.testing import RateLimitedProvider
 from tests.conftest import until
-from tests.proxy.servers import CHAT, Proxied, Upstream, proxied, served
+from tests.proxy.conftest import CHAT, Proxied, Upstream, proxied
 
 pytestmark = pytest.mark.real_clock
 
 KEY = "sk-canary-1234567890"
 TOOL = {"name": "add", "description": "Add.", "parameters": {"type": "object", "properties": {}}}
-
-
-@pytest.fixture
-async def upstream() -> AsyncGenerator[tuple[Upstream, str]]:
-    app = Upstream()
-    async with served(app) as url:
-        yield app, url
 
 
 @pytest.mark.parametrize(
@@ -42,9 +34,9 @@ async def upstream() -> AsyncGenerator[tuple[Upstream, str]]:
     ],
 )
 async def test_call_reaches_the_provider_as_it_was_sent(
-    upstream: Any, method: str, content: bytes | None, length: str | None
+    upstream: Upstream, method: str, content: bytes | None, length: str | None
 ) -> None:
-    async with proxied(f"{upstream[1]}/base") as proxy:
+    async with proxied(f"{upstream.url}/base") as proxy:
         target = "/v1/files/a%2Fb%7e'|c?q=%20&key=a%2Bb"
         headers: dict[str, Any] = {
             "x-custom": b"\xc3\x9cnique",
@@ -68,7 +60,7 @@ async def test_call_reaches_the_provider_as_it_was_sent(
     assert seen["body"] == len(content or b"")
     names = [name for name, _ in seen["headers"]]
     assert dict(seen["headers"]).get("content-length") == length
-    assert dict(seen["headers"])["host"] == httpx.URL(upstream[1]).netloc.decode()
+    assert dict(seen["headers"])["host"] == httpx.URL(upstream.url).netloc.decode()
     assert dict(seen["headers"])["x-custom"] == "Ünique"
     assert {"x-hop", "te", "upgrade", "connection", "asyncbucket-priority"}.isdisjoint(names)
     assert len(names) == len(set(names))
@@ -128,10 +120,10 @@ async def test_anthropic_sdk_needs_only_another_base_url() -> None:
 
 
 async def test_caller_that_stalls_gives_its_slot_back(
-    upstream: Any, monkeypatch: pytest.MonkeyPatch
+    upstream: Upstream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("asyncbucket.cli.proxy.app._STALLED", 0.3)
-    async with proxied(upstream[1], concurrency=1) as proxy:
+    async with proxied(upstream.url, concurrency=1) as proxy:
         reader, writer = await proxy.connect()
         head = b"POST /x HTTP/1.1\r\nhost: localhost\r\ncontent-length: 9000000\r\n\r\n"
         writer.write(head + bytes(5_000_000))
@@ -146,8 +138,8 @@ async def answer(proxy: Proxied, path: str, **headers: str) -> httpx.Response:
     return await proxy.client.post(path, json=CHAT, headers=more)
 
 
-async def test_sdks_raise_their_own_errors_at_once(upstream: Any) -> None:
-    async with proxied(upstream[1], rpm=1) as proxy:
+async def test_sdks_raise_their_own_errors_at_once(upstream: Upstream) -> None:
+    async with proxied(upstream.url, rpm=1) as proxy:
         proxy.limiter.acquire_nowait().release()
         own = {"asyncbucket-timeout": "1"}
         async with (
@@ -179,12 +171,11 @@ async def test_sdks_raise_their_own_errors_at_once(upstream: Any) -> None:
     ],
 )
 async def test_what_cannot_be_understood_never_reaches_the_provider(
-    upstream: Any, headers: dict[str, str], status: int, message: str
+    upstream: Upstream, headers: dict[str, str], status: int, message: str
 ) -> None:
-    app, url = upstream
-    async with proxied(url, rpm=60) as proxy:
+    async with proxied(upstream.url, rpm=60) as proxy:
         told = await answer(proxy, "/x", **headers)
-    assert (told.status_code, app.calls) == (status, 0)
+    assert (told.status_code, upstream.calls) == (status, 0)
     assert message in told.json()["error"]["message"]
     assert KEY not in told.text
 
@@ -194,12 +185,12 @@ async def test_what_cannot_be_understood_never_reaches_the_provider(
     [(b"*", "not as an HTTP proxy"), (b"/" + b"x" * 65_536, "the path is too long")],
 )
 async def test_path_that_cannot_be_sent_on_is_refused(
-    upstream: Any, target: bytes, message: str
+    upstream: Upstream, target: bytes, message: str
 ) -> None:
-    async with proxied(upstream[1]) as proxy:
+    async with proxied(upstream.url) as proxy:
         exact = {"target": target}
         told = await proxy.client.request("OPTIONS", "/", extensions=exact)
-    assert (told.status_code, upstream[0].calls) == (400, 0)
+    assert (told.status_code, upstream.calls) == (400, 0)
     assert message in told.text
 
 
@@ -211,8 +202,8 @@ async def test_provider_out_of_reach_is_502() -> None:
     assert proxy.limiter.statistics().in_flight == 0
 
 
-async def test_caller_that_still_waits_when_the_proxy_stops_is_told(upstream: Any) -> None:
-    async with proxied(upstream[1], rpm=1) as proxy:
+async def test_caller_that_still_waits_when_the_proxy_stops_is_told(upstream: Upstream) -> None:
+    async with proxied(upstream.url, rpm=1) as proxy:
         proxy.limiter.acquire_nowait().release()
         call = asyncio.ensure_future(proxy.client.post("/x", json=CHAT))
         await proxy.until(waiting=1)
@@ -226,11 +217,11 @@ async def test_caller_that_still_waits_when_the_proxy_stops_is_told(upstream: An
 
 
 async def test_callers_share_by_key_and_the_key_stays_with_the_proxy(
-    upstream: Any, monkeypatch: pytest.MonkeyPatch
+    upstream: Upstream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("REAL_KEY", "sk-real")
     given = {"tenants_by_key": True, "key_env": "REAL_KEY"}
-    async with proxied(upstream[1], rpm=600, **given) as proxy:
+    async with proxied(upstream.url, rpm=600, **given) as proxy:
         seen: list[dict[str, str]] = []
         for headers in ({"authorization": "Bearer alice"}, {"x-api-key": "bob"}, {}):
             reply = await proxy.client.post("/v1/messages", json=CHAT, headers=headers)
@@ -263,9 +254,8 @@ async def test_agents_at_the_limit_all_succeed() -> None:
     assert agents.kinds["test"].running == 50
 
 
-async def test_thousand_callers_wait_and_those_who_stay_are_served(upstream: Any) -> None:
-    app, url = upstream
-    async with proxied(url, concurrency=16) as proxy:
+async def test_thousand_callers_wait_and_those_who_stay_are_served(upstream: Upstream) -> None:
+    async with proxied(upstream.url, concurrency=16) as proxy:
         held = [proxy.limiter.acquire_nowait() for _ in range(16)]
 
         async def call() -> bytes:
@@ -285,23 +275,23 @@ async def test_thousand_callers_wait_and_those_who_stay_are_served(upstream: Any
             lease.release()
         replies = await asyncio.gather(*calls[:100])
     assert {reply[:12] for reply in replies} == {b"HTTP/1.1 201"}
-    assert app.calls == 100
+    assert upstream.calls == 100
 
 
 async def test_path_behind_v1_is_added_to_a_members_url_which_only_a_restart_changes(
-    tmp_path: Path, upstream: Any, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, upstream: Upstream, caplog: pytest.LogCaptureFixture
 ) -> None:
     file = tmp_path / "pool.toml"
-    file.write_text(f'[member.one]\nrpm = 60\nbase_url = "{upstream[1]}/base"\n')
+    file.write_text(f'[member.one]\nrpm = 60\nbase_url = "{upstream.url}/base"\n')
     async with proxied(None, pool=file) as proxy:
         seen = (await proxy.client.get("/v1/x?debug=1")).json()
-        proxy.proxy.reload(lambda: ProxyOptions(upstream=upstream[1]))
+        proxy.proxy.reload(lambda: ProxyOptions(upstream=upstream.url))
     assert caplog.messages == ["the settings stay as they are: only a restart can change pool"]
     assert seen["target"] == "/base/x?debug=1"
 
 
-async def test_upstream_may_have_the_v1_of_its_callers(upstream: Any) -> None:
-    async with proxied(f"{upstream[1]}/v1/") as proxy:
+async def test_upstream_may_have_the_v1_of_its_callers(upstream: Upstream) -> None:
+    async with proxied(f"{upstream.url}/v1/") as proxy:
         seen = [(await proxy.client.get(path)).json()["target"] for path in ("/v1/x", "/x")]
     assert seen == ["/v1/x?", "/v1/x?"]
 

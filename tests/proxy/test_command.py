@@ -16,7 +16,7 @@ import pytest
 from typer.testing import CliRunner
 
 from asyncbucket.cli.app import app
-from tests.proxy.servers import CHAT, MEBIBYTE, Upstream, served
+from tests.proxy.conftest import CHAT, MEBIBYTE, Upstream, served
 
 pytestmark = pytest.mark.real_clock
 

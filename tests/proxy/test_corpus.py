@@ -4,13 +4,12 @@ Raw bytes to a real server on loopback, on the machine's clock.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator
 from typing import Any, Final
 
 import pytest
 
 from tests.conftest import until
-from tests.proxy.servers import Proxied, Upstream, proxied, served
+from tests.proxy.conftest import Proxied, Upstream, proxied
 
 pytestmark = pytest.mark.real_clock
 
@@ -34,13 +33,6 @@ DOTS: Final = (
 )
 
 
-@pytest.fixture
-async def upstream() -> AsyncGenerator[tuple[Upstream, str]]:
-    app = Upstream()
-    async with served(app) as url:
-        yield app, url
-
-
 async def exchanged(proxy: Proxied, sent: bytes) -> bytes:
     """Return all that the proxy answers until it closes the connection."""
     reader, writer = await proxy.connect()
@@ -51,14 +43,13 @@ async def exchanged(proxy: Proxied, sent: bytes) -> bytes:
         writer.close()
 
 
-async def test_whatever_decodes_to_a_dot_segment_is_refused(upstream: Any) -> None:
-    app, url = upstream
-    async with proxied(f"{url}/base") as proxy:
+async def test_whatever_decodes_to_a_dot_segment_is_refused(upstream: Upstream) -> None:
+    async with proxied(f"{upstream.url}/base") as proxy:
         for path in DOTS:
             told = await exchanged(proxy, b"GET %b HTTP/1.1\r\n%b\r\n" % (path.encode(), CLOSE))
             assert told.startswith(b"HTTP/1.1 400 "), path
             assert b"a path with . or .. as a segment can't pass" in told, path
-    assert app.calls == 0
+    assert upstream.calls == 0
 
 
 @pytest.mark.parametrize(
@@ -83,14 +74,13 @@ async def test_whatever_decodes_to_a_dot_segment_is_refused(upstream: Any) -> No
     ],
 )
 async def test_malformed_request_never_reaches_the_provider(
-    upstream: Any, sent: bytes, status: int
+    upstream: Upstream, sent: bytes, status: int
 ) -> None:
-    app, url = upstream
-    async with proxied(url) as proxy:
+    async with proxied(upstream.url) as proxy:
         told = await exchanged(proxy, sent + b"\r\n" * (not sent.endswith(b"\r\n\r\n")))
         await proxy.until(in_flight=0, waiting=0)
     assert told.startswith(b"HTTP/1.1 %d " % status)
-    assert app.calls == 0
+    assert upstream.calls == 0
 
 
 @pytest.mark.parametrize(
@@ -105,25 +95,24 @@ async def test_malformed_request_never_reaches_the_provider(
     ],
 )
 async def test_unusual_request_goes_to_the_upstream_alone(
-    upstream: Any, sent: bytes, target: str
+    upstream: Upstream, sent: bytes, target: str
 ) -> None:
-    app, url = upstream
-    async with proxied(url) as proxy:
+    async with proxied(upstream.url) as proxy:
         told = await exchanged(proxy, sent + b"\r\n" * (b"\r\n\r\n" not in sent))
         await proxy.until(in_flight=0)
     assert told.split(b" ", 2)[1] == b"201"
-    assert app.calls == 1
-    assert app.targets[0].startswith(target)
+    assert upstream.calls == 1
+    assert upstream.targets[0].startswith(target)
 
 
 @pytest.mark.parametrize("sent", [b"", b"GET /x HT", b"GET /x HTTP/1.1\r\nhost: loc"])
 @pytest.mark.parametrize("drips", [False, True])
 async def test_head_that_does_not_come_in_time_is_408(
-    upstream: Any, sent: bytes, drips: Any, monkeypatch: pytest.MonkeyPatch
+    upstream: Upstream, sent: bytes, drips: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After an earlier request on the same connection, too."""
     monkeypatch.setattr("asyncbucket.cli.proxy.app._STALLED", 0.3)
-    async with proxied(upstream[1]) as proxy:
+    async with proxied(upstream.url) as proxy:
         reader, writer = await proxy.connect()
         if sent:
             writer.write(b"GET /x HTTP/1.1\r\n" + HOST + b"\r\n")
@@ -141,27 +130,26 @@ async def test_head_that_does_not_come_in_time_is_408(
             dripping.cancel()
         writer.close()
     assert told.startswith(b"HTTP/1.1 408 Request Timeout\r\n")
-    assert upstream[0].calls == bool(sent)
+    assert upstream.calls == bool(sent)
 
 
 @pytest.mark.parametrize(
     ("path", "cut"), [*(("hangs", cut) for cut in (1, 20, 60, 90)), ("endless", 90)]
 )
 async def test_caller_that_hangs_up_at_any_stage_keeps_nothing(
-    upstream: Any, path: str, cut: int
+    upstream: Upstream, path: str, cut: int
 ) -> None:
-    app, url = upstream
-    async with proxied(url, concurrency=1) as proxy:
+    async with proxied(upstream.url, concurrency=1) as proxy:
         head = f"POST /{path} HTTP/1.1\r\ncontent-length: 9\r\n".encode()
         whole = head + HOST + b'\r\n{"a": 12}'
         _, writer = await proxy.connect()
         writer.write(whole[:cut])
         if cut >= len(whole):
-            await until(lambda: app.calls)
+            await until(lambda: upstream.calls)
         writer.close()
-        await proxy.until(in_flight=0, waiting=0, admitted=app.calls)
-        if app.calls:
-            await asyncio.wait_for(app.is_cut_off.wait(), 20)
+        await proxy.until(in_flight=0, waiting=0, admitted=upstream.calls)
+        if upstream.calls:
+            await asyncio.wait_for(upstream.is_cut_off.wait(), 20)
 
 
 async def test_operator_says_how_often_a_call_goes_out() -> None:

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 import httpx
+import pytest
 
 from asyncbucket.cli.proxy import ProxyOptions
 from asyncbucket.cli.proxy.app import Proxy, _Server
@@ -24,6 +25,7 @@ class Upstream:
 
     def __init__(self) -> None:
         self.calls = 0
+        self.url = ""
         self.targets: list[str] = []
         self.is_cut_off = asyncio.Event()
 
@@ -118,3 +120,10 @@ async def proxied(upstream: str | None, *limits: str, **given: Any) -> AsyncGene
     ):
         yield Proxied(proxy, client)
         await proxy.aclose()
+
+
+@pytest.fixture
+async def upstream() -> AsyncGenerator[Upstream]:
+    app = Upstream()
+    async with served(app) as app.url:
+        yield app
