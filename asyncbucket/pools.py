@@ -249,9 +249,8 @@ class PoolLease(Lease):
         if home is None and pool.prefer == "first":
             return False
         able = [each for each in waiter.lines if each is here or not each.node.pacer.refuses(now)]
-        for best in sorted(able, key=partial(pool.rank, home, now)):
-            if best is here or best.node.pacer.is_next(waiter, now):
-                break
+        ranked = sorted(able, key=partial(pool.rank, home, now))
+        best = next(each for each in ranked if each is here or each.node.pacer.is_next(waiter, now))
         waiter.line = best
         if home is not None and home.way.pacer is not best.node.pacer and not self._until:
             waiter.line = here
