@@ -285,7 +285,7 @@ async def test_block_of_calls_without_cost_warns_once(time: VirtualTime, *, sett
     for told in (contextlib.nullcontext() if settled else warned, contextlib.nullcontext()):
         with told, budget(usd=1, requests=9):
             async with limiter.acquire(tokens=10) as lease:
-                lease.settle(tokens=10, **({"usd": 0.5} if settled else {}))
+                lease.settle(usd=0.5) if settled else lease.settle(tokens=10)
 
 
 async def asked_later(_: BudgetExceeded) -> float:
