@@ -262,7 +262,7 @@ class Lease(OfThisProcess):
                 if pacer.observed:
                     pacer.notify(node, Queued, cost=self.cost, waiting=node.waiting)
                 if isinstance(waiter, Waiter):
-                    _warn_of_nesting(node)
+                    _refuse_nesting(node)
                     in_time = await waiter
                 else:
                     assert dispatcher is not None
@@ -700,7 +700,7 @@ def _warn_of_blocked_loop() -> None:
         warn_user(_BLOCKS, RuntimeWarning)
 
 
-def _warn_of_nesting(node: Node) -> None:
+def _refuse_nesting(node: Node) -> None:
     for level in node.path:
         if level.in_flight and level.entered == (level.admitted, id(asyncio.current_task())):
-            warn_user(_NESTED.format(shown_name(level.name)), RuntimeWarning)
+            raise RuntimeError(_NESTED.format(shown_name(level.name)))

@@ -268,19 +268,18 @@ async def test_forked_process_does_not_settle_lease_of_its_parent(time: VirtualT
     stuck.cancel()
 
 
-async def test_task_that_holds_the_only_slot_is_warned_if_it_waits_for_another(
-    time: VirtualTime,
-) -> None:
-    """At once, with the line; not if another task waits, or another call has the slot by now."""
+async def test_task_that_holds_the_only_slot_is_refused_another(time: VirtualTime) -> None:
+    """At once; not if another task waits, or another call has the slot by now."""
     limiter = Limiter(concurrency=1, name="key", clock=time.clock)
     inner = limiter.child("inner")
     later = asyncio.get_running_loop().call_later
     async with limiter.acquire() as outer:
         other = await start(limiter.acquire(priority=1))
+        with pytest.raises(RuntimeError, match=r"the only slot of 'key' .*, or raise concurrency"):
+            await inner.acquire()
+        now = limiter.statistics()
+        assert (now.waiting, now.in_flight, time.now) == (1, 1, 0)
         later(1, outer.release)
-        later(2, lambda: other.result().release())
-        with pytest.warns(RuntimeWarning, match=r"the only slot of 'key' .*, or raise") as warned:
-            held = await inner.acquire()
-        assert (warned[0].filename, time.now) == (__file__, 2)
-        later(1, held.release)
+        await other
+        later(1, other.result().release)
         await limiter.acquire()

@@ -19,7 +19,7 @@ LEFT_OUT = {
     "test_newly_set_slots_count_calls_in_flight",
     "test_newly_set_slots_count_calls_just_admitted",
     "test_pace_wraps_model",
-    "test_task_that_holds_the_only_slot_is_warned_if_it_waits_for_another",
+    "test_task_that_holds_the_only_slot_is_refused_another",
     "test_repr_of_limiter_shows_name_limits_slots_and_waiting_calls",
 }
 
