@@ -262,7 +262,6 @@ class Lease(OfThisProcess):
                 if pacer.observed:
                     pacer.notify(node, Queued, cost=self.cost, waiting=node.waiting)
                 if isinstance(waiter, Waiter):
-                    _refuse_nesting(node)
                     in_time = await waiter
                 else:
                     assert dispatcher is not None
@@ -304,6 +303,7 @@ class Lease(OfThisProcess):
                 raise report.too_late_locked(node, amounts, now, deadline)
             waiter: AnyWaiter
             if dispatcher is None:
+                _refuse_nesting(node)
                 dispatcher = pacer.dispatchers.here()
                 waiter = Waiter(loop=dispatcher.loop)
             else:
@@ -701,6 +701,7 @@ def _warn_of_blocked_loop() -> None:
 
 
 def _refuse_nesting(node: Node) -> None:
+    """Refuse a call that waits for the only slot, which its own task holds."""
     for level in node.path:
         if level.in_flight and level.entered == (level.admitted, id(asyncio.current_task())):
             raise RuntimeError(_NESTED.format(shown_name(level.name)))

@@ -278,7 +278,7 @@ async def test_task_that_holds_the_only_slot_is_refused_another(time: VirtualTim
         with pytest.raises(RuntimeError, match=r"the only slot of 'key' .*, or raise concurrency"):
             await inner.acquire()
         now = limiter.statistics()
-        assert (now.waiting, now.in_flight, time.now) == (1, 1, 0)
+        assert (now.waiting, now.in_flight, now.cancelled, time.now) == (1, 1, 0, 0)
         later(1, outer.release)
         await other
         later(1, other.result().release)
