@@ -295,15 +295,15 @@ def _headers_of(profile: Profile) -> _HeaderIndex:
 class Refusals:
     """Pause one limiter when its provider refuses; `of` returns the one object for each limiter.
 
-    Safe on several threads.
+    It has to be told of a success only while `waves` or `latest` is not 0. Safe on several threads.
     """
 
     def __init__(self, limiter: Limiter) -> None:
         self.limiter = limiter
         self._lock = Lock()
-        #: Waves since a call last succeeded (then it has to be told of a success), and when the first of them came.
+        #: Waves since a call last succeeded, and when the first of them came.
         self.waves = 0
-        #: Of the latest replies, which were refusals for rate (then, too): one bit each, the latest lowest.
+        #: Of the latest replies, which were refusals for rate: one bit each, the latest lowest.
         self.latest = 0
         self._first_at = -math.inf
         #: When the latest wave came, and when its pause ends.
