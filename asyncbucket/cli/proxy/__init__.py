@@ -232,7 +232,10 @@ def proxy(**given: Any) -> None:
     calls, pages = server.address, server.status_address
     allowed = options.allowed(server.limiter) or "the limits that its headers announce"
     typer.echo(f"base URL http://{calls} for {found.upstream or found.pool}: {allowed}", err=True)
-    typer.echo(f"status http://{pages}/stats, /metrics, /healthz; asyncbucket watch", err=True)
+    typer.echo(
+        f"status http://{pages}/stats, /metrics, /healthz; asyncbucket watch http://{pages}",
+        err=True,
+    )
     if not is_loopback(calls):
         whose = "theirs" if found.key is None and found.pool is None else "yours"
         typer.echo(
