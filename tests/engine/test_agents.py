@@ -215,7 +215,7 @@ class ClosedLoop:
         ({"caller": 20}, 20),
         ({"caller": 20, "sleeper": 5}, 20),
         ({"chat": 40}, 40),
-        ({"caller": 20, "quitter": 20}, 40),
+        pytest.param({"caller": 20, "quitter": 20}, 40, marks=pytest.mark.heavy),
     ],
     ids=["callers", "idle scopes", "chats", "calls that give up"],
 )
@@ -247,7 +247,7 @@ async def test_no_agent_starves_beside_callers_that_never_stop(
     assert not order.waiting
 
 
-async def test_agent_that_comes_back_after_an_hour_keeps_only_what_it_has_used(
+async def test_agent_that_comes_back_after_ten_minutes_keeps_only_what_it_has_used(
     time: VirtualTime,
 ) -> None:
     """Its hundred calls get no more than a fair share of the first minute: 600 / 21."""
@@ -261,7 +261,7 @@ async def test_agent_that_comes_back_after_an_hour_keeps_only_what_it_has_used(
 
     with agent(expects=Cost(requests=101)):
         await one("old")
-        await asyncio.sleep(3_600)
+        await asyncio.sleep(600)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(60), asyncio.TaskGroup() as group:
                 for _ in range(100):

@@ -8,6 +8,7 @@ from tests.feedback.worlds import play
 pytest.importorskip("stamina", reason="transports retry by it")
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", [name for name in ROWS if name not in PENDING])
 def test_cached_prompts_cost_what_the_provider_will_charge(name: str) -> None:
     row = ROWS[name]
