@@ -411,25 +411,6 @@ def test_repeatedly_killed_run_answers_each_line_once_without_429(tmp_path: Path
     assert files == {"in.jsonl", "out.jsonl", "out.jsonl.limits"}
 
 
-def test_output_removed_during_a_run_loses_no_later_answer(provider: RateLimitedProvider) -> None:
-    provider.latency = 0.2
-    arguments = [batch(60), "-o", "out.jsonl", "--rpm", "60000", "--concurrency", "4"]
-    with started(provider, *arguments) as process:
-        out = Path("out.jsonl")
-        while not out.exists() or len(out.read_bytes().splitlines()) < 4:
-            time.sleep(0.01)
-        out.unlink()
-        _, errors = process.communicate(timeout=30)
-    kept, paid = len(lines_of("out.jsonl")), provider.statistics().admitted
-    assert process.returncode == 1
-    assert "error: out.jsonl was changed by another program during the run" in errors
-    assert f", and {paid - kept} answers in it went lost" in errors
-    assert paid < 30
-    provider.latency = 0.0
-    run(provider, *arguments)
-    assert provider.statistics().admitted == 60 + paid - kept
-
-
 def test_damaged_record_of_limits_ends_the_run(provider: RateLimitedProvider) -> None:
     Path("out.jsonl.limits").write_text("weights, and many of them " * 100)
     result = run(provider, batch(2), "-o", "out.jsonl", "--rpm", "6000", "--quiet", status=2)

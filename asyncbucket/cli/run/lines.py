@@ -5,11 +5,8 @@ which of them are answered.
 
 Its lines have the form of OpenAI's output files. At each start it is read from its beginning, so
 nothing beside it can be damaged or lost. An incomplete last line, as a kill leaves it, is cut off. The
-file itself is locked, by whatever name it is reached, so no two runs write it.
-
-Other programs can change it in spite of the lock, and on Windows there is none. So before each write,
-name and size of the file are compared with what was written. If they differ, answers under way are
-written to what is there now, and the run ends. At the end all answers are looked for once more.
+file itself is locked, by whatever name it is reached, so no two runs write it. (On Windows there is no
+such lock.) What another program removes from it is asked again at the next start.
 """
 
 import contextlib
@@ -24,7 +21,6 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple, Self
 
 from asyncbucket.cli.run import PATHS, Job
-from asyncbucket.engine.wording import counted
 from asyncbucket.plan.calls import read_line
 
 
@@ -162,8 +158,6 @@ class Answers:
         self._fd: int
         #: The size of the file after the last whole line.
         self._size = 0
-        #: What is wrong with the file, if another program changed it.
-        self.trouble: str | None = None
 
     def __enter__(self) -> Self:
         self._fd = os.open(self._path, _APPENDING, 0o666)
@@ -176,8 +170,8 @@ class Answers:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if not self._size and self._is_intact():
-            self._path.resolve().unlink()  # a run without an answer leaves nothing behind
+        if not self._size:  # a run without an answer leaves nothing behind
+            self._path.resolve().unlink(missing_ok=True)
         os.close(self._fd)
 
     def read(self) -> None:
@@ -229,14 +223,7 @@ class Answers:
 
     def write(self, key: bytes, members: Mapping[str, Any]) -> None:
         """Append an answer, which from then on survives the end of this process."""
-        if not self._is_intact():
-            self.trouble = f"{self._path} was changed by another program during the run"
-            before, self._fd = self._fd, os.open(self._path, _APPENDING, 0o666)
-            os.close(before)
-            _lock(self._fd, self._path)
-            self._complete_last_line()
         self._append(line_of(key, members, run=self._settings))
-        self._answered.add(key)
 
     def _append(self, line: bytes) -> None:
         """Append a line, or nothing of it.
@@ -252,25 +239,6 @@ class Answers:
             os.ftruncate(self._fd, self._size)  # half a line would spoil the next one
             raise OSError(error.errno, error.strerror, str(self._path)) from error
         self._size += len(line)
-
-    def _is_intact(self) -> bool:
-        """Tell whether the path leads to the open file, with nothing in it but what was written."""
-        try:
-            found = self._path.stat()
-        except FileNotFoundError:
-            return False
-        return os.path.samestat(os.fstat(self._fd), found) and found.st_size == self._size
-
-    def check(self) -> None:
-        """Look for all answers, at the end of a run; `trouble` says what is wrong, if anything."""
-        missing = self._answered
-        with contextlib.suppress(FileNotFoundError), self._path.open("rb") as file:
-            missing -= {_parsed(line)[0] or b"" for line in file if line.endswith(b"\n")}
-        if self.trouble is not None or missing or not self._is_intact():
-            self.trouble = f"{self._path} was changed by another program during the run"
-            if missing:
-                self.trouble += f", and {counted(len(missing), 'answers')} in it went lost"
-            self.trouble += "; the same command asks again for what is missing"
 
 
 class Errors:

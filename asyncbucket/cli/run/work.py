@@ -181,8 +181,6 @@ class Run:
         usage = usage if isinstance(usage, dict) else None
         members = _members(request, response=_described(reply, body), usage=usage)
         self._answers.write(key, members)
-        if self._answers.trouble is not None:
-            self._stop()
         self._failures_in_a_row = 0
         self._tally.count_answer(read_usage(usage))
 
@@ -331,28 +329,25 @@ def run(job: Job) -> int:
         finally:
             tally.seconds = round(time.monotonic() - started, 3)
             tally.refused |= tally.fatal is not None and not tally.answered
-            answers.check()
             if tally.requests or not tally.refused:
                 screen.say(summary(job, tally))
             for path in new if tally.refused else ():
                 path.unlink(missing_ok=True)
     console.quiet = False
-    return _report(job, tally, screen, answers.trouble)
+    return _report(job, tally, screen)
 
 
-def _report(job: Job, tally: Tally, screen: Screen, trouble: str | None) -> int:
+def _report(job: Job, tally: Tally, screen: Screen) -> int:
     """Say what went wrong, print the summary as JSON if asked for, and return the exit status."""
     if tally.fatal is not None:
         screen.say(f"error: no request succeeds: {one_line(tally.fatal)}")
-    if trouble is not None:
-        screen.say(f"error: {trouble}")
     if job.as_json:
         print(json.dumps(tally.as_dict(), indent=2))  # noqa: T201 - a command's output
     if tally.fatal is not None:
         return CANNOT_RUN
-    if tally.stopped and trouble is None:
+    if tally.stopped:
         return SPENT if tally.out_of_usd else INTERRUPTED
-    return FAILED if tally.failed or tally.bad or trouble else DONE
+    return FAILED if tally.failed or tally.bad else DONE
 
 
 def dry_run(job: Job) -> int:
