@@ -175,6 +175,12 @@ class Budget(InheritedScope, OfThisProcess):
             self._named.update(name for name in self._caps if name in amounts)
         return Charge(self)
 
+    def cannot_price(self) -> None:
+        """Count a call that was refused because nobody knows its price."""
+        with self._lock:
+            self._calls += 1
+            self._named.update(self._caps)
+
     # --- what accounts ask ---
 
     def look(self, amounts: Amounts, *, reserve: bool) -> BudgetExceeded | None:

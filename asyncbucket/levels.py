@@ -137,6 +137,14 @@ def capped() -> set[str]:
     return {name for each in context.payers if isinstance(each, Budget) for name in each.cap}
 
 
+def count_unpriced_call() -> None:
+    """Tell the budgets around this code of a call that is refused because nobody knows its price."""
+    context = inherited.get()
+    for each in () if context is None else context.payers:
+        if isinstance(each, Budget):
+            each.cannot_price()
+
+
 def is_in_shadow(limiter: Limiter) -> bool:
     """Tell whether its calls pass at once, as if there were no limiter."""
     return limiter._node.path[-1].bystander is not None

@@ -64,7 +64,7 @@ class Member(Account):
     def state(self, now: int) -> MemberState:
         """Return whether it is given calls."""
         left = max(0, self.out_until - now) * 1e-9
-        return MemberState(self.limiter.name, self.reason if left else None, left)
+        return MemberState(self.limiter.name, self.reason or None, left)
 
     def works(self, lease: "PoolLease") -> None:
         """Take in that a call went well; one that came after the latest failure proves that it works."""
@@ -432,7 +432,7 @@ class Pool(Limiter):
         now = super().statistics()
         if self._parent is not None:
             return now
-        each = [member.statistics() for member in self.members]
+        each = tuple(member.statistics() for member in self.members)
         return replace(
             now,
             concurrency=self.concurrency,
@@ -440,6 +440,7 @@ class Pool(Limiter):
             paused=min(member.paused for member in each),
             upstream_429=now.upstream_429 + sum(member.upstream_429 for member in each),
             overridden=sum(member.overridden for member in each),
+            members=each,
         )
 
     def states(self) -> tuple[MemberState, ...]:

@@ -357,7 +357,7 @@ class _Trial:
             return False
         if self.attempts >= max(most, len(pool.members)):
             return False
-        is_one_in = any(each.reason is None for each in pool.states())
+        is_one_in = any(not each.left_out for each in pool.states())
         return verdict.rate_limited or (verdict.member_failed and is_one_in)
 
     def final_error(self, ended: Exception) -> Exception:
@@ -376,7 +376,7 @@ class _Trial:
         error.add_note(f"asyncbucket: tried {times} in {seconds:.1f} s; gave up: {reason}")
         pool = self.sent.pool
         states = () if pool is None else pool.states()
-        if pool is not None and any(each.reason for each in states):
+        if pool is not None and any(each.left_out for each in states):
             error.add_note(f"asyncbucket: pool {shown_name(pool)!r}: {'; '.join(map(str, states))}")
 
 

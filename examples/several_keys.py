@@ -32,7 +32,7 @@ async def fail(provider: RateLimitedProvider) -> None:
     await asyncio.sleep(0.5)
     provider.port = urlsplit(provider.url).port or 0
     await asyncio.to_thread(provider.stop)
-    while not any(state.reason for state in pool.states()):  # noqa: ASYNC110 - nothing tells of it
+    while not any(state.left_out for state in pool.states()):  # noqa: ASYNC110 - nothing tells of it
         await asyncio.sleep(0.05)
     print(*pool.states(), sep="\n")
     await asyncio.sleep(0.5)

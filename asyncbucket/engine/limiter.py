@@ -573,7 +573,8 @@ class Limiter(OfThisProcess):
 
     def __repr__(self) -> str:
         node = self._node
-        parts = [f"{type(self).__name__} {self.name!r}", *map(str, self.limits)]
+        shadow = " in shadow" if node.path[-1].bystander else ""
+        parts = [f"{type(self).__name__} {self.name!r}{shadow}", *map(str, self.limits)]
         if self.concurrency is not None:
             sizer = node.sizer
             found = "" if sizer is None else f" of {sizer.least:,} to {sizer.most:,}"

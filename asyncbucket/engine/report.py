@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from asyncbucket.engine.pacer import Pacer
 
 Refusal = TypeVar("Refusal", WouldBlock, AcquireTimeout, QueueFull)
-_AT_ONCE: Final = "without waiting"
+_AT_ONCE: Final = "cannot pass without waiting"
 #: A deadline further back (ns) than this was probably meant as seconds from now.
 _LONG_PAST: Final = 1_000_000_000
 REFUSALS: Final = (WouldBlock, AcquireTimeout, QueueFull, CostExceedsLimit)
@@ -38,7 +38,8 @@ REFUSALS: Final = (WouldBlock, AcquireTimeout, QueueFull, CostExceedsLimit)
 
 def too_many_wait_locked(level: Node, node: Node, amounts: Amounts) -> QueueFull:
     """Return the error of a call for which the line of ``level`` is too long."""
-    how = f"behind {counted(level.waiting, 'calls')} waiting already" if level.waiting else _AT_ONCE
+    ahead = counted(level.waiting, "calls")
+    how = f"cannot pass behind {ahead} waiting already" if level.waiting else _AT_ONCE
     remedy = f"try again later or raise max_queue={level.max_queue:,}"
     return _refusal_locked(QueueFull, node, amounts, how, remedy)
 
@@ -67,11 +68,13 @@ def too_late(node: Node, amounts: Amounts, asked: int, deadline: int | None) -> 
 
 
 def too_late_locked(node: Node, amounts: Amounts, asked: int, deadline: int) -> AcquireTimeout:
-    """Return the error of a call that cannot pass by its deadline."""
-    how = f"within {in_seconds(max(0, deadline - asked) * 1e-9)}"
+    """Return the error of a call that cannot pass by its deadline, or has waited until then."""
+    span = in_seconds(max(0, deadline - asked) * 1e-9)
+    gave_up = asked < deadline <= node.pacer.clock()
+    how = f"gave up after {span} in line" if gave_up else f"cannot pass within {span}"
     remedy = "raise the timeout or the limit"
     if asked - deadline > _LONG_PAST:
-        how = "by a deadline that has passed"
+        how = "cannot pass by a deadline that has passed"
         remedy = f"a deadline is an instant of time.monotonic(), not seconds from now: {remedy}"
     return _refusal_locked(AcquireTimeout, node, amounts, how, remedy)
 
@@ -108,7 +111,7 @@ def _refusal_locked(
     named = [name for name, amount in amounts.items() if amount and name in limited]
     what = ", ".join(counted(amounts[name], name) for name in named or Cost.of(amounts))
     return error_type(
-        f"a call of {what} cannot pass {how}: {why}; {remedy}",
+        f"a call of {what} {how}: {why}; {remedy}",
         retry_after=None if due >= NEVER else (due - now) * 1e-9,
         bound_by=bound_by,
     )

@@ -98,14 +98,16 @@ class MemberState:
 
     #: The name of its limiter.
     name: str
-    #: Why the pool leaves it out; None if it does not.
+    #: Why the pool leaves it out, or did so last; None if it never has.
     reason: str | None
     #: For how long yet (s), at most: while one call finds out whether it works again, until it ends.
+    #: 0 if it is in use.
     left_out: float
 
     def __str__(self) -> str:
-        if self.reason is None:
-            return f"{self.name!r}: in use"
+        if not self.left_out:
+            before = "" if self.reason is None else f" again after {self.reason}"
+            return f"{self.name!r}: in use{before}"
         return f"{self.name!r}: left out for {in_seconds(self.left_out)} more ({self.reason})"
 
 
@@ -171,6 +173,8 @@ class Statistics:
     shadow: ShadowStatistics | None = None
     #: How the provider's prompt cache was used.
     cache: CacheUse = CacheUse()
+    #: Those of a pool's members.
+    members: "tuple[Statistics, ...]" = ()
 
     def __str__(self) -> str:
         waits = ", ".join(
@@ -195,9 +199,11 @@ class Statistics:
             f"in shadow: {self.shadow}" if self.shadow else "",
         ]
         used = [
-            f"{written(use.used, use.limit.resource)} of {use.limit} used" for use in self.limits
+            f"{written(use.used, use.limit.resource)} of {use.limit} used"
+            for use in (() if self.members else self.limits)
         ]
-        return f"{self.name}: {'; '.join([', '.join(filter(None, facts)), *used])}"
+        members = "".join(f"\n  {each}" for each in self.members)
+        return f"{self.name}: {'; '.join([', '.join(filter(None, facts)), *used])}{members}"
 
 
 def shares_used(now: Statistics) -> dict[str, float]:

@@ -48,7 +48,6 @@ from asyncbucket.levels import (
     effective_limiter,
     excess_of,
     in_force,
-    prices_of,
     provider_of,
     reserve_more,
     sent,
@@ -72,7 +71,7 @@ from asyncbucket.providers.prefixes import (
     conversation_of,
     read_mode,
 )
-from asyncbucket.providers.prices import added_tokens, model_of, price_of, within_limits
+from asyncbucket.providers.prices import added_tokens, model_of, price_at, within_limits
 from asyncbucket.providers.profiles import GENERIC
 from asyncbucket.providers.usage import Usage
 from asyncbucket.retry import Retrier, Retry
@@ -400,7 +399,7 @@ class Pacing:
 
     def _price(self, call: ModelCall, model: Any) -> "Price":
         """Return the price of the call if ``model`` makes it."""
-        return price_of(model_of(model, call.kwargs), prices_of(self.limiter))
+        return price_at(self.limiter, model_of(model, call.kwargs))
 
     def _usd(self, call: ModelCall, estimate: Estimate, price: "Price") -> float:
         """Return the dollars to reserve: the most that the call can cost, if its output is limited."""

@@ -37,6 +37,7 @@ from asyncbucket.engine.wording import in_seconds
 from asyncbucket.levels import (
     can_give_slots_up,
     in_force,
+    is_in_shadow,
     is_learning,
     levels,
     meet_provider,
@@ -388,7 +389,7 @@ class Refusals:
                 self._quiet_until = now + _WARNING_INTERVAL
         gradually = not is_learning(self.limiter)
         self.limiter.pause(seconds, reason=verdict.pause, gradually=gradually)
-        if is_news:
+        if is_news and not is_in_shadow(self.limiter):
             name, why = self.limiter.name, _EXPLANATIONS[verdict.pause]
             _log.warning("limiter %r pauses for %s: %s", name, in_seconds(seconds), why)
         if verdict.pause != "429" or not is_run:

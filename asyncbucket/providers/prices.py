@@ -26,7 +26,7 @@ from asyncbucket.engine.cost import Cost
 from asyncbucket.engine.errors import UnknownPrice
 from asyncbucket.engine.limiter import Limiter
 from asyncbucket.engine.wording import MICRO, USD, is_number, warn_user
-from asyncbucket.levels import effective_limiter, in_force, prices_of
+from asyncbucket.levels import count_unpriced_call, effective_limiter, in_force, prices_of
 from asyncbucket.providers import facts
 from asyncbucket.providers.profiles import Call
 from asyncbucket.providers.usage import Usage
@@ -237,7 +237,20 @@ def price_here(limiter: Limiter, model: object) -> Price | None:
     """
     if not in_force(effective_limiter(limiter)).counts(USD):
         return None
-    return price_of(model, prices_of(limiter))
+    return price_at(limiter, model)
+
+
+def price_at(limiter: Limiter, model: object) -> Price:
+    """Return the price of a call of ``limiter`` that something counts in dollars.
+
+    Raises:
+        UnknownPrice: nobody knows it; budgets around this code have seen the call.
+    """
+    try:
+        return price_of(model, prices_of(limiter))
+    except UnknownPrice:
+        count_unpriced_call()
+        raise
 
 
 def priced(limiter: Limiter, call: Call, cost: Cost | None) -> tuple[Cost | None, Price | None]:

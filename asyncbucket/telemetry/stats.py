@@ -62,7 +62,8 @@ def report(limiters: Iterable[Limiter]) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     for each in _all(limiters):
         now = each.statistics()
-        rows.append(dataclasses.asdict(now) | {"limits": list(map(row_of, now.limits))})
+        row = dataclasses.asdict(dataclasses.replace(now, members=()))  # which have their own rows
+        rows.append(row | {"limits": list(map(row_of, now.limits))})
     return {"time": time.time(), "limiters": rows}
 
 

@@ -105,21 +105,22 @@ class Options:
         itpm: Input tokens a minute; no limit by default.
         otpm: Output tokens a minute, counted as they are produced; no limit by default.
         rpd: Requests in 1,440 minutes; no limit by default.
-        profile: Whose rules hold, such as bedrock, or `Rules` of your own. By default OpenAI's, with
-            Anthropic's headers and errors at its endpoint.
-        policy: How the limits are counted: token_bucket, sliding_window, fixed_window,
-            one_second_slices or ten_second_slices; a `Counting`; or such a one for each resource.
-        charge: What a call costs in tokens up front: openai (what the profile says, by default the
-            larger of the prompt and max_tokens) or usage (what the reply will use).
+        profile: The provider to imitate, such as bedrock (in Python also `Rules` of your own). By
+            default OpenAI, with Anthropic's headers and errors at its endpoint.
+        policy: How limits are counted: token_bucket (the default), sliding_window, fixed_window,
+            one_second_slices or ten_second_slices (in Python also a `Counting`, or one of these for
+            each resource).
+        charge: What a call costs in tokens when it arrives: openai (what the profile says, by default
+            the larger of the prompt and max_tokens) or usage (what the reply will use).
         concurrency: The most calls in flight; no limit by default.
-        latency: Seconds a reply takes, a number or a range; a stream spreads them over its chunks.
-        begins: The part of its latency after which a reply begins.
-        accidents: Which part of the calls is refused by accident, whatever is left: with a 429 that
-            names no wait.
+        latency: Seconds that a reply takes, 0.2, or a range, 0.1,0.3; a stream spreads them over its
+            chunks.
+        begins: After which part of its latency a reply begins, from 0 to 1.
+        accidents: Which part of the calls, from 0 to 1, gets a 429 that names no wait, whatever is left.
         cache: A cache of prompts; none by default.
         always: A status with which to answer every call.
         reply_tokens: The least length of a text reply, in tokens.
-        minute: Seconds a minute lasts. A short one makes tests on a real clock short.
+        minute: Seconds that a minute of the limits lasts; a short one makes tests short.
         port: Port on 127.0.0.1; 0 takes a free one.
         clock: The clock of the limits, in integer nanoseconds.
 

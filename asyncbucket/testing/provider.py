@@ -17,11 +17,12 @@ import asyncio
 import contextlib
 import inspect
 import json
+import re
 import signal
 import socket
 import threading
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Final, Literal, Self
@@ -60,6 +61,17 @@ __all__ = [
 
 _HOST: Final = "127.0.0.1"
 _FIXED: Final = ("profile", "policy", "cache", "minute")
+#: What `--help` shows for an option that takes no whole number.
+_METAVARS: Final = {
+    "profile": "NAME",
+    "policy": "NAME",
+    "charge": "NAME",
+    "latency": "SECONDS",
+    "begins": "PART",
+    "accidents": "PART",
+    "always": "STATUS",
+    "minute": "SECONDS",
+}
 _STARTING: Final = 60.0
 """Seconds that a server gets to start; a thread's own error is on standard error."""
 
@@ -267,13 +279,18 @@ def main() -> None:
     """Serve until SIGINT or SIGTERM; print one line with the URL, and at the end the statistics."""
     parser = argparse.ArgumentParser(
         prog="python -m asyncbucket.testing.provider",
-        description=str(inspect.getdoc(Options)).partition("    clock:")[0],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="%(prog)s [--rpm N] [--tpm N] [--latency LOW,HIGH] [--port N] ...",
+        description="Serve a rate-limited provider on 127.0.0.1, without a key: a fake model that "
+        "speaks OpenAI's and Anthropic's API. It prints its base URL, and at Ctrl-C what it has seen.",
+        epilog="example: %(prog)s --rpm 500 --tpm 200000 --latency 0.1,0.3 --port 8000",
         argument_default=argparse.SUPPRESS,
     )
-    for option in fields(Options):
-        if option.name != "clock":
-            parser.add_argument(f"--{option.name.replace('_', '-')}", type=_value, metavar="VALUE")
+    attributes = str(inspect.getdoc(Options)).partition("\n    clock:")[0]
+    for name, text in re.findall(r"^    (\w+): (.*(?:\n     .*)*)", attributes, re.MULTILINE):
+        if name != "cache":  # an object of Python
+            flag, metavar = f"--{name.replace('_', '-')}", _METAVARS.get(name, "N")
+            says = " ".join(text.split())
+            parser.add_argument(flag, type=_value, metavar=metavar, help=says)
     stopped = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda _number, _frame: stopped.set())

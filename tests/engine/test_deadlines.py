@@ -39,7 +39,7 @@ async def test_call_that_may_use_refund_of_open_call_is_not_refused(time: Virtua
     assert (await waiting).waited == 5.0
     lease.settle(tokens=60)
     # It is still open, and may be settled again. If not, 60 + 50 + 50 units pass at 60 and one a second.
-    with pytest.raises(AcquireTimeout, match=r"within .* s: tokens bind for 94 s more"):
+    with refused(AcquireTimeout, "gave up after 1 s in line: tokens bind for 94 s more; raise the"):
         await limiter.acquire(tokens=50, timeout=1)
     assert time.now == 6.0
     lease.release()
@@ -52,7 +52,8 @@ async def test_each_call_times_out_at_its_own_deadline(time: VirtualTime) -> Non
     gone: list[tuple[float, float]] = []
 
     async def call(timeout: float) -> None:
-        with refused(AcquireTimeout, "the one slot is taken"):
+        how = f"gave up after {timeout:g} s in line" if timeout else "cannot pass within 0 s"
+        with refused(AcquireTimeout, f"a call of 1 request {how}: the one slot is taken; raise"):
             await limiter.acquire(timeout=timeout)
         gone.append((time.now, timeout))
 

@@ -147,6 +147,8 @@ async def test_repr_of_limiter_shows_name_limits_slots_and_waiting_calls(time: V
     cancel(waiting)
     del held
     assert repr(Limiter()) == "<Limiter 'default', 0 waiting>"
+    child = Limiter("1 RPS", name="new", shadow=True).child("chat")
+    assert repr(child) == "<Limiter 'new/chat' in shadow, 0 waiting>"
 
 
 async def test_repr_of_lease_shows_state_cost_and_wait(time: VirtualTime) -> None:

@@ -664,6 +664,7 @@ async def test_pool_shows_what_its_members_allow(time: VirtualTime) -> None:
     b.pause(7)
     now = pool.statistics()
     assert (now.admitted, now.in_flight, len(now.limits), now.paused) == (len(held), 5, 3, 5)
+    assert [each.partition(":")[0] for each in str(now).split("\n")] == ["pool", "  a", "  b"]
     assert str(Pool(Limiter(name="d", clock=time.clock)).explain()) == (
         "a call would pass at once; no limit over time binds such calls"
     )

@@ -372,5 +372,5 @@ async def test_answered_probe_lets_others_follow_before_its_stream_ends(library:
     clock.advance(1)
 
     async with client.stream("POST", "/chat/completions", json=BODY):
-        assert pool.states()[0].reason is None
+        assert pool.states()[0].left_out == 0
         assert (await client.post("/chat/completions", json=BODY)).status_code == 200

@@ -9,6 +9,7 @@ import httpx
 import pytest
 
 from asyncbucket import BudgetExceeded, Cost, Limiter, Price, UnknownPrice, budget
+from asyncbucket.budgets import _warn_of_no_call
 from asyncbucket.http import Call, Profile
 from asyncbucket.prices import PriceWarning, price_of, read_prices
 from asyncbucket.providers import facts
@@ -99,8 +100,9 @@ async def test_only_what_a_provider_may_charge_is_spent(reply: Any, used: int) -
     assert (limiter.statistics().in_flight, capped.reserved["usd"]) == (0, 0)
 
 
-@pytest.mark.filterwarnings("ignore:a budget of usd has ended")
 async def test_unknown_price_is_an_error_at_the_first_call_that_is_charged() -> None:
+    """It is no reason to warn that the budget has seen no call."""
+    _warn_of_no_call.cache_clear()
     client = client_of(httpx, Limiter(), REPLY)
     body = {**BODY, "model": "my-model"}
     await client.post(URL, json=body)  # nothing counts dollars
@@ -108,7 +110,7 @@ async def test_unknown_price_is_an_error_at_the_first_call_that_is_charged() -> 
         with pytest.raises(UnknownPrice) as error:
             await client.post(URL, json=body)
         await client.get("https://api.openai.com/v1/models")
-        assert capped.spent["usd"] == 0
+        assert (capped.calls, capped.spent["usd"]) == (2, 0)
     assert str(error.value) == (
         "no price is known for the model 'my-model', so its calls can't be counted in dollars: give "
         'Limiter(..., prices={"my-model": Price(input=..., output=...)}), in dollars per million '

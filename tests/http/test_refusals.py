@@ -210,6 +210,14 @@ def test_late_reply_neither_ends_nor_starts_a_wave(limiter: Limiter, clock: Virt
     assert limiter.statistics().paused == 2
 
 
+def test_limiter_in_shadow_logs_no_pause(
+    clock: VirtualClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    limiter = Limiter("1 RPS", clock=clock, shadow=True)
+    take_in(Refusals.of(limiter), headers={"retry-after": "7"})
+    assert (limiter.statistics().upstream_429, caplog.messages) == (1, [])
+
+
 def test_pause_is_logged_at_most_once_a_minute_and_an_empty_account_once(
     limiter: Limiter, clock: VirtualClock, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -378,7 +378,7 @@ async def test_tool_waits_and_a_timeout_becomes_its_error_output(virtual_time: V
     assert (str(first), str(second)) == ("6", "6")
     assert virtual_time.now >= 60
     assert isinstance(third.exception, AcquireTimeout)
-    assert "within 65 s: requests bind for" in str(third)
+    assert "gave up after 65 s in line: requests bind for" in str(third)
     assert admitted(limiter.children["tools"]) == 2
 
 

@@ -97,7 +97,7 @@ async def test_member_that_fails_is_left_out_and_its_call_made_with_another_mode
 
     assert [str(reply) for reply in replies] == ["assistant: You said: hi"] * 2
     assert hosts_asked(openai_api) == ["one", "two", "two"]
-    assert [state.reason is None for state in pool.states()] == [False, True]
+    assert [state.left_out == 0 for state in pool.states()] == [False, True]
 
 
 async def test_agents_and_structured_models_use_the_pool(

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import fields
 from datetime import datetime
 from typing import Any
 from urllib.parse import urlsplit
@@ -20,7 +21,7 @@ import pytest
 
 from asyncbucket import testing
 from asyncbucket.testing import RateLimitedProvider
-from asyncbucket.testing.enforcer import go_duration
+from asyncbucket.testing.enforcer import Options, go_duration
 from asyncbucket.testing.provider import main
 from asyncbucket.testing.pytest_plugin import ProviderFactory
 from tests.conftest import python, until
@@ -250,6 +251,19 @@ def test_command_prints_url_at_start_and_statistics_at_end(number: signal.Signal
         said, _ = process.communicate(timeout=10)
     assert json.loads(said)["admitted"] == 1
     assert process.returncode == 0
+
+
+def test_command_explains_each_option(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["provider", "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        main()
+    told = " ".join(capsys.readouterr().out.split())
+    assert "--latency SECONDS Seconds that a reply takes, 0.2, or a range, 0.1,0.3; a" in told
+    assert "--port N Port on 127.0.0.1; 0 takes a free one. example: python -m" in told
+    options = {field.name.replace("_", "-") for field in fields(Options)} - {"cache", "clock"}
+    assert set(re.findall(r"--([a-z-]+) [A-Z]+ [A-Z]", told)) == options
 
 
 def test_command_that_cannot_start_ends_with_a_one_line_error(
