@@ -289,8 +289,6 @@ class Window(Meter):
         #: Whether a call above the limit can never pass. A limit that a provider announced only
         #: holds such a call back, until it goes out alone, and its reply corrects the limit.
         self.refuses = True
-        #: Whether debts above the amount are paid in full, not only until the window forgets them.
-        self.repays = False
         #: Units booked within the window, debts included.
         self.used = 0
         #: At least the most that one call has booked of them.
@@ -328,7 +326,7 @@ class Window(Meter):
             self._closes = now
         rate = Fraction(limit.units * 1_000_000_000, limit.window)
         burst = limit.units if limit.burst_units is None else limit.burst_units
-        may_owe = self.repays and limit.calendar is None and self.pace is not None
+        may_owe = limit.calendar is None and self.pace is not None
         if burst == limit.units and not may_owe:
             self.pace = None
         elif self.pace is None:
@@ -385,7 +383,7 @@ class Window(Meter):
             self.pace.owe(amount, when)
         self._book(amount, when)
         self._largest += amount  # a call may have booked so much before
-        if self.pace is None and self.used > self.amount and self.repays:
+        if self.pace is None and self.used > self.amount and self._calendar is None:
             self._repay(amount, when)
 
     def _repay(self, amount: int, when: int) -> None:
@@ -395,13 +393,16 @@ class Window(Meter):
         """
         self.forget(when)
         spared = max(0, self.used - amount - self.amount)  # booked while the limit was higher
-        rate = Fraction(self.amount * 1_000_000_000, self.window)
-        self.pace, self.free = Bucket(rate=rate, burst=self.amount), 0
+        self.pace, self.free = self._whole_bucket(), 0
         entries = self.entries()
         self.pace.tat = entries[0][0] * self.pace.q  # no time before has earned anything
         for date, units in entries:
             self.pace.owe(max(0, units - spared), date)
             spared = max(0, spared - units)
+
+    def _whole_bucket(self) -> Bucket:
+        rate = Fraction(self.amount * 1_000_000_000, self.window)
+        return Bucket(rate=rate, burst=self.amount)
 
     def fill(self, amount: int, when: int, now: int) -> None:
         """Owe what was taken at ``when``, as far as it fits; the pace owes it from ``now`` on."""
@@ -457,7 +458,8 @@ class Window(Meter):
         super().restore(own)
         self.free = 0
         self._closed = sum(self._units)
-        if self.pace is not None:
+        if pace is not None:
+            self.pace = self.pace or self._whole_bucket()
             self.pace.restore(pace)
 
     def lent(self, calls: int) -> int:

@@ -267,7 +267,7 @@ class Node:
                 allowed = max(window.allowed, limit.units)
                 window.reshape(limit, now)
                 window.allowed = allowed  # lowering a limit puts nobody into debt
-            window.refuses, window.repays = not learned, limit.calendar is None
+            window.refuses = not learned
             if learned or self.learned:
                 self.learned = self.learned | {limit.key} if learned else self.learned - {limit.key}
         self.limits = changed

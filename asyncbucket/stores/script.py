@@ -34,7 +34,7 @@ _PARTS: Final = ("meters", "state", "line", "verbs")
 #: Nanoseconds in the script's unit of time.
 GRAIN: Final = 1_000
 #: The version of what the script keeps; others are refused.
-_SCHEMA: Final = 6
+_SCHEMA: Final = 7
 #: What the script knows by name: times in microseconds.
 _CONSTANTS: Final = {
     "SCHEMA": _SCHEMA,
@@ -156,9 +156,11 @@ def _meter_config(limit: Limit) -> dict[str, Any]:
     if limit.resets is not None:
         meter |= {"resets": limit.resets, "hold": 3 * limit.window // GRAIN}
     pace = window.pace
-    if pace is not None:
-        p, q = _ticks_per_unit(Fraction(pace.p, pace.q * GRAIN), limit.units + pace.burst)
-        meter |= {"burst": pace.burst, "p": p, "q": q}
+    if limit.calendar is None or pace is not None:
+        burst = limit.units if pace is None else pace.burst
+        per_unit = Fraction(limit.window, limit.units * GRAIN)
+        p, q = _ticks_per_unit(per_unit, limit.units + burst)
+        meter |= {"burst": burst, "p": p, "q": q, "is_paced": pace is not None}
     return meter
 
 

@@ -213,7 +213,9 @@ class State:
         """Return from when on there is nothing left to remember, if nothing else happens."""
         ends = [now + _MIN_LIFE, self.paused_until, *(each.until for each in self.workers.values())]
         last = max(now, self.last_start)
-        ends += [last + 3 * window.window for window in self.windows.values()]  # debts of a month
+        for window in self.windows.values():
+            debt = 0 if window.pace is None else window.pace.tat // window.pace.q
+            ends += [last + 3 * window.window, debt]  # by the calendar, debts of a month
         return min(max(ends), _FOREVER)
 
     def to_text(self) -> str:

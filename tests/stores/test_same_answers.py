@@ -97,7 +97,7 @@ class OnServer(History):
             self.state = State(limits, self._now)
             self.state.last_start = self._now + 2 * FAR
             for window in self.state.windows.values():
-                window.owe(window.amount, self.state.last_start)
+                window.fill(window.amount, self.state.last_start, self.state.last_start)
             self.forget_calls(self._now)
         self.check(ledger, batch, receipt)
         if self._is_gone:  # a worker that missed two losses would find all used up twice

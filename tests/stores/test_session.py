@@ -328,7 +328,7 @@ async def test_call_above_a_limit_that_a_process_has_learned_goes_out_alone_and_
     await asyncio.sleep(0.1)
     assert (await memory.peek()).limits[0].used == 250
     await take(one, tokens=100)
-    assert memory.seconds == pytest.approx(120, abs=2), "the debt was not kept"
+    assert memory.seconds == pytest.approx(210, abs=2), "the debt was not paid in full"
     lease.settle(tokens=10)
     three = memory.limiter(concurrency=9)
     await take(three, tokens=500, timeout=100)
@@ -341,7 +341,7 @@ async def test_call_above_a_limit_that_a_process_has_learned_goes_out_alone_and_
     one.learn(Limit("tokens", 9_000, per=60))  # before it has heard that somebody gave a limit
     await asyncio.sleep(11)
     assert one.limits == two.limits == (Limit("tokens", 900, per=60),)
-    assert memory.trips < 90
+    assert memory.trips < 100
 
 
 async def test_explanation_uses_last_answer_of_store(memory: MemoryStore) -> None:

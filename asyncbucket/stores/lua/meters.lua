@@ -1,6 +1,6 @@
 -- Meters: what may pass of one limit. As asyncbucket.engine.meters does it, in microseconds.
 --
--- A meter `m` is what the config says of a limit; `m.w` and `m.b`, its window and its bucket, are what is kept.
+-- A meter `m` is what the config says of a limit; its window `m.w`, and in it its bucket `b`, are what is kept.
 -- A window's entries, each a date and units, are fields of the hash, numbered from `head` to `tail` - 1. The newest
 -- bookings (`recent`, dated `last`) become an entry when a grain has passed: at `closes`.
 --
@@ -96,6 +96,9 @@ local function window_forget(m, when)
   end
   if w.closes > 0 and w.last <= horizon then
     w.forgotten, w.used, w.recent, w.closes = w.last, w.used - w.recent, 0, 0
+    if w.b and not m.is_paced and w.b.backlog <= (when - w.b.at) * w.b.q then
+      w.b = nil -- all is paid
+    end
   end
 end
 
@@ -168,8 +171,8 @@ end
 -- instant in ticks would not fit into a double, so the bucket keeps the `backlog` (ticks until it is full) as it
 -- was `at` the microsecond of its last booking.
 
-local function bucket_new(began)
-  return { at = began, backlog = 0, full_at = began + 1, dates = {}, lows = {} }
+local function bucket_new(m, began)
+  return { p = m.p, q = m.q, at = began, backlog = 0, full_at = began + 1, dates = {}, lows = {} }
 end
 
 -- The backlog at `when`; negative if the bucket has been full before.
@@ -178,7 +181,7 @@ local function bucket_backlog(b, when)
 end
 
 local function bucket_earliest(m, amount, since)
-  local b, over = m.b, (amount - m.burst) * m.p
+  local b, over = m.w.b, (amount - m.burst) * m.p
   local ticks = bucket_backlog(b, since)
   if over > 0 then -- the rest flows in while the caller is first in line
     ticks = math.max(0, ticks)
@@ -213,20 +216,20 @@ end
 
 local function bucket_book(m, amount, when)
   local cost = amount * m.p
-  bucket_add(m.b, cost, when, math.max(0, cost - m.burst * m.p))
+  bucket_add(m.w.b, cost, when, math.max(0, cost - m.burst * m.p))
 end
 
 local function bucket_owe(m, amount, when)
-  if bucket_backlog(m.b, when) + (amount - m.burst) * m.p <= 0 then
+  if bucket_backlog(m.w.b, when) + (amount - m.burst) * m.p <= 0 then
     bucket_book(m, amount, when)
   else
-    bucket_add(m.b, amount * m.p, when, 0)
+    bucket_add(m.w.b, amount * m.p, when, 0)
   end
 end
 
 -- Give back at most the lowest backlog since `when`: what flowed into a full bucket is lost.
 local function bucket_unbook(m, amount, when, left)
-  local b, room = m.b, m.burst * m.p
+  local b, room = m.w.b, m.burst * m.p
   if b.full_at > when then
     return
   end
@@ -251,7 +254,7 @@ end
 
 -- Go on at another rate: the units missing at `when` stay missing; older refunds are forgone.
 local function bucket_reshape(b, p, q, when)
-  if b.p and (b.p ~= p or b.q ~= q) then
+  if b.p ~= p or b.q ~= q then
     local missing = math.max(0, bucket_backlog(b, when)) / b.p
     b.backlog = missing > 0 and math.ceil(missing * p) or 0
     b.at, b.full_at, b.dates, b.lows = when, when, {}, {}
@@ -262,26 +265,45 @@ end
 -- What it allows from `since` on.
 local function meter_earliest(m, amount, since)
   local first = window_earliest(m, amount, since)
-  return m.b and math.max(first, bucket_earliest(m, amount, since)) or first
+  return m.w.b and math.max(first, bucket_earliest(m, amount, since)) or first
 end
 
 local function meter_book(m, amount, when)
-  window_book(m, amount, when)
-  if m.b then
+  if m.w.b then
     bucket_book(m, amount, when)
   end
+  window_book(m, amount, when)
+end
+
+-- Pace what comes by a bucket that holds the limit, until it has paid a debt of `amount`.
+local function meter_repay(m, amount, when)
+  window_forget(m, when)
+  local w = m.w
+  local spared = math.max(0, w.used - amount - m.amount) -- booked while the limit was higher
+  local function owe(date, units)
+    w.b = w.b or bucket_new(m, date) -- no time before has earned anything
+    bucket_owe(m, math.max(0, units - spared), date)
+    spared = math.max(0, spared - units)
+  end
+  for i = w.head, w.tail - 1 do
+    owe(entry(m, i))
+  end
+  owe(w.last, w.recent)
 end
 
 local function meter_owe(m, amount, when)
-  window_book(m, amount, when)
-  if m.b then
+  if m.w.b then
     bucket_owe(m, amount, when)
+  end
+  window_book(m, amount, when)
+  if m.p and not m.w.b and m.w.used > m.amount then
+    meter_repay(m, amount, when)
   end
 end
 
 -- Owe what was taken at `when`, by which it fills the limit, but no further.
 local function meter_fill(m, amount, when, date)
-  local w, b = m.w, m.b
+  local w, b = m.w, m.w.b
   if b then
     local room = math.floor((m.burst * m.p - math.max(0, bucket_backlog(b, date))) / m.p)
     if room > 0 then
@@ -310,7 +332,7 @@ end
 
 local function meter_unbook(m, amount, when, left)
   window_unbook(m, amount, when)
-  if m.b then
+  if m.w.b then
     bucket_unbook(m, amount, when, left)
   end
 end

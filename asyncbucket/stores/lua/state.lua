@@ -30,10 +30,10 @@ local function build_meters()
     m.w = s.windows[m.key] or window_new(date) -- what was booked before gives nothing back
     window_set_resets(m, date)
     m.w.starts = starts[m.key] or m.w.starts
-    m.b = m.p and (s.buckets[m.key] or bucket_new(date))
-    s.windows[m.key], s.buckets[m.key] = m.w, m.b or nil
-    if m.b then
-      bucket_reshape(m.b, m.p, m.q, date)
+    m.w.b = m.p and (m.w.b or (m.is_paced and bucket_new(m, date))) or nil
+    s.windows[m.key] = m.w
+    if m.w.b then
+      bucket_reshape(m.w.b, m.p, m.q, date)
     end
   end
 end
@@ -45,7 +45,7 @@ local function load(told)
   text = kept[2] or config_text
   s = kept[1] and cmsgpack.unpack(kept[1]) or {
     schema = SCHEMA, epoch = new_epoch, before = '', seen = 0, offset = 0, last = 0, bound = '', paused = 0, ttl = 0,
-    lent = 0, claims = 0, short = 0, weights = 0, virtual = 0, joined = 0, grown = 0, windows = {}, buckets = {},
+    lent = 0, claims = 0, short = 0, weights = 0, virtual = 0, joined = 0, grown = 0, windows = {},
   }
   if s.schema ~= SCHEMA then
     error({ err = 'SCHEMA ' .. as_integer(s.schema or 1) .. ' ' .. SCHEMA })
@@ -59,7 +59,7 @@ local function load(told)
   if known_epoch ~= '' and known_epoch ~= s.epoch and known_epoch ~= s.before then
     s.before, s.last = known_epoch, math.max(now + 2 * FAR, s.last)
     for _, m in ipairs(config.meters) do
-      meter_owe(m, m.amount, s.last)
+      meter_fill(m, m.amount, s.last, s.last)
     end
   end
 end
@@ -80,7 +80,6 @@ local function configure()
   for key, w in pairs(before) do
     if not s.windows[key] then
       drop_entries('e:' .. key .. ':', w)
-      s.buckets[key] = nil
     end
   end
   build_meters()
@@ -92,8 +91,8 @@ local function save(sets_config)
   local ends = math.max(s.paused, now + s.ttl)
   for _, m in ipairs(config.meters) do
     ends = math.max(ends, math.max(m.w.last, now) + m.hold)
-    if m.b then
-      ends = math.max(ends, m.b.at + math.ceil(m.b.backlog / m.b.q))
+    if m.w.b then
+      ends = math.max(ends, m.w.b.at + math.ceil(m.w.b.backlog / m.w.b.q))
     end
   end
   for i = 1, #gone, 1000 do

@@ -122,6 +122,15 @@ class StoreConformance:
         assert [use.used for use in (await peek(worker)).limits] == [1, 100]
 
     @scenario
+    async def test_debt_above_a_whole_window_is_paid_in_full(self, place: Place) -> None:
+        worker = await place.worker(config(amount_of("tokens", 100, 0.5)))
+        start = booked(await worker.commit(batch({"tokens": 10})))[0].start
+        debt = Correction(start=start, booked={"tokens": 10}, used={"tokens": 300})
+        await worker.commit(Batch(corrections=(debt,)))
+        last = [(await book(worker, {"tokens": 50})).start for _ in range(3)][-1]
+        assert 0 <= last - start - (300 + 150 - 100) * 5 * MILLISECOND < SECOND // 5
+
+    @scenario
     async def test_enormous_debt_or_pause_does_not_break_the_store(self, place: Place) -> None:
         for power in (15, 20, 400):
             name = f"{place.name}-{power}"
