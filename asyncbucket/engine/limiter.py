@@ -35,7 +35,7 @@ from asyncbucket.engine.terms import (
     read_name,
     read_weight,
 )
-from asyncbucket.engine.wording import is_integer, shown, warn_user
+from asyncbucket.engine.wording import USD, is_integer, shown, warn_user
 
 if TYPE_CHECKING:
     from asyncbucket.engine.pacer import Pacer
@@ -43,8 +43,9 @@ if TYPE_CHECKING:
 # A limiter touches the private parts of its parent, of its tenants and of their leases.
 # ruff: noqa: SLF001
 
-#: After so many calls of which none paid for a limit, something is wrong with it.
+#: After so many calls of which none paid for a limit, something is wrong with it; dollars cost all.
 _MANY: Final = 100
+_MANY_WITHOUT_PRICE: Final = 10
 
 
 class Limiter(OfThisProcess):
@@ -272,11 +273,14 @@ class Limiter(OfThisProcess):
         limits = [window for level in levels for window in level.limits.values()]
         unpaid = [window.limit for window in limits if not window.was_used]
         unpaid += [] if place is None else [use.limit for use in place.use() if not use.used]
-        self._is_proven = not unpaid or node.admitted >= _MANY
-        if self._is_proven and unpaid:
+        ended, few = node.admitted - node.in_flight, {USD: _MANY_WITHOUT_PRICE}
+        wrong = next((each for each in unpaid if ended >= few.get(each.resource, _MANY)), None)
+        self._is_proven = wrong is not None or not unpaid
+        if wrong is not None:
             warn_user(
-                f"{node.admitted} calls have passed limiter {self.name!r}, and none cost anything "
-                f"of its limit of {unpaid[0]}: give the amount with each call, or check the name",
+                f"{ended} calls of limiter {self.name!r} have ended, and none counted towards its "
+                f"limit of {wrong}: give the amount with each call, as in "
+                f"acquire({wrong.resource}=...)",
                 RuntimeWarning,
             )
 

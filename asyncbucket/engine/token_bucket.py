@@ -107,7 +107,7 @@ class TokenBucket(OfThisProcess):
             self._pacer.do(self._withdraw_locked, waiter)
             del waiter  # else the error's traceback would keep it alive
             raise
-        raise self._timeout_error(amount, timeout, self._wait_of(waiter.amounts))
+        raise self._timeout_error("gave up after", amount, timeout, self._wait_of(waiter.amounts))
 
     def acquire_nowait(self, amount: int = 1) -> None:
         """Take ``amount`` units now.
@@ -185,7 +185,7 @@ class TokenBucket(OfThisProcess):
             if deadline is not None:
                 due = self._bucket.earliest(amounts["units"], now)
                 if due > deadline:
-                    raise self._timeout_error(amount, timeout, due - now)
+                    raise self._timeout_error("cannot pass within", amount, timeout, due - now)
             dispatcher = pacer.dispatchers.here()
             waiter = Waiter(loop=dispatcher.loop)
             waiter.lease, waiter.dispatcher = None, dispatcher
@@ -210,11 +210,13 @@ class TokenBucket(OfThisProcess):
         self._pacer.withdraw_locked(waiter)
         self._open = before
 
-    def _timeout_error(self, amount: int, timeout: float | None, wait: int) -> AcquireTimeout:
+    def _timeout_error(
+        self, how: str, amount: int, timeout: float | None, wait: int
+    ) -> AcquireTimeout:
         assert timeout is not None
         return AcquireTimeout(
-            f"{counted(amount, 'units')} cannot pass within {in_seconds(timeout)} at {self.rate:g} a "
-            f"second; raise the timeout or the rate",
+            f"{counted(amount, 'units')} {how} {in_seconds(timeout)} at {self.rate:g} a second; raise "
+            f"the timeout or the rate",
             retry_after=wait * 1e-9,
             bound_by="units",
         )

@@ -202,13 +202,31 @@ def test_limit_that_nothing_pays_is_warned_of_once(time: VirtualTime) -> None:
         call_many_times(limiter)
     (warning,) = told
     assert (
-        "calls have passed limiter 'key', and none cost anything of its limit of 5 documents per 1 s"
-        in (str(warning.message))
+        "100 calls of limiter 'key' have ended, and none counted towards its limit of 5 documents per "
+        "1 s: give the amount with each call, as in acquire(documents=...)" in str(warning.message)
     )
     assert warning.filename == __file__
     paid.acquire_nowait(Cost(documents=1)).release()
     time.advance(10)
     call_many_times(paid)
+
+
+async def test_calls_without_a_price_are_warned_of_sooner_but_not_while_they_go_on(
+    time: VirtualTime,
+) -> None:
+    limiter = Limiter("5 USD/day", name="key", clock=time.clock)
+    for _ in range(9):
+        (await limiter.acquire()).release()
+    open_calls = [await limiter.acquire() for _ in range(20)]  # they may be settled yet
+    open_calls.pop().release()
+    with pytest.warns(RuntimeWarning, match=r"^10 calls .* of 5 USD per .*acquire\(usd=\.\.\.\)$"):
+        (await limiter.acquire()).release()
+    (await limiter.acquire()).release()
+    settled = Limiter("5 USD/day", clock=time.clock)
+    for lease in [await settled.acquire() for _ in range(20)]:
+        lease.settle(usd=0.01)
+        lease.release()
+    (await settled.acquire()).release()
 
 
 # --- costs, and what counts as a number wherever one is given ---

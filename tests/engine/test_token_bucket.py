@@ -50,7 +50,7 @@ async def test_newcomer_does_not_pass_waiting_calls_and_hears_when(time: Virtual
     assert bucket.statistics().available == 1
     with refused(WouldBlock, "1 unit cannot pass before 4 s from now", retry_after=4.0):
         bucket.acquire_nowait()
-    says = "1 unit cannot pass within 3 s at 1 a second; raise the timeout or the rate"
+    says = "1 unit gave up after 3 s at 1 a second; raise the timeout or the rate"
     with refused(AcquireTimeout, says, retry_after=1.0, bound_by="units"):
         await bucket.acquire(timeout=3)
     assert time.now == 3.0
