@@ -146,7 +146,7 @@ class Limiter(EngineLimiter):
         if not isinstance(shadow, bool):
             raise TypeError(f"shadow must be True or False, not {shadow!r}")
         if shadow and store is not None:
-            raise ValueError("a limiter in shadow keeps its line to itself: leave out store=")
+            raise ValueError("a limiter in shadow cannot use a store: leave out store=")
         given = {"concurrency": concurrency, "max_queue": max_queue, "timeout": timeout}
         terms = Terms.read(limits, {**given, **limits_by_keyword})
         read_on_outage(on_outage)

@@ -147,7 +147,7 @@ class Members:
             return None
         states = [each.state(now) for each in members]
         says = (
-            f"no member of pool {self.root.name!r} works: {'; '.join(map(str, states))}; mend one, or "
+            f"no member of pool {self.root.name!r} works: {'; '.join(map(str, states))}; fix one, or "
             f"try again later"
         )
         return partial(AcquireTimeout, says, retry_after=min(state.left_out for state in states))

@@ -63,7 +63,7 @@ class Tenants(Generic[L]):
             if terms is not None and terms != self._own_terms.get(tenant):
                 if tenant in self._own_terms or tenant in self._nodes:
                     raise ValueError(
-                        "this tenant exists on other terms: ask for it by name alone, and change it "
+                        "this tenant already exists on other terms: get it by name alone, and change it "
                         "with key(...).reconfigure(...)"
                     )
                 self._own_terms[tenant] = self._interned.setdefault(terms, terms)

@@ -282,5 +282,5 @@ def test_command_names_each_call_and_exits_with_3(tmp_path: Path) -> None:
     )
     assert audited("--", "true") == (
         2,
-        "error: true ran no Python that ended by itself, so nothing was seen\n",
+        "error: true ran no Python process that exited by itself, so nothing was recorded\n",
     )

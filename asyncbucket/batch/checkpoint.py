@@ -108,8 +108,8 @@ class Checkpoint:
                 why = f"is not a checkpoint, or is damaged ({error}): give another file"
             else:
                 why = (
-                    f"cannot be used as a checkpoint ({error}): give a file that may be written, "
-                    f"where there is room for it"
+                    f"cannot be used as a checkpoint ({error}): give a writable file on a disk with "
+                    f"free space"
                 )
             raise CheckpointError(f"{self._path} {why}") from error
 

@@ -51,7 +51,9 @@ def audit(
         status = _run(command, {**os.environ, "PYTHONPATH": os.pathsep.join(paths)})
         reports = [path.read_text("utf-8") for path in Path(folder).glob("*.json")]
     if not reports:
-        raise ValueError(f"{command[0]} ran no Python that ended by itself, so nothing was seen")
+        raise ValueError(
+            f"{command[0]} ran no Python process that exited by itself, so nothing was recorded"
+        )
     seen = Audit()
     for report in reports:
         seen.add(report)

@@ -57,7 +57,7 @@ Job = Callable[[], Awaitable[object]]
 
 def demo(
     *,
-    rpm: Annotated[int, options.count("Requests a minute that are allowed.")] = _RPM,
+    rpm: Annotated[int, options.count("The provider's limit, in requests a minute.")] = _RPM,
     seconds: Annotated[
         float,
         typer.Option(min=2, max=3600, metavar="S", help="How long the paced run should take."),

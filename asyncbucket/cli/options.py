@@ -82,13 +82,13 @@ Also: TypeAlias = Annotated[
     list[str] | None, text('Any other limit, e.g. "10k RPD" or "40k ITPM".', "--also")
 ]
 PriceFile: TypeAlias = Annotated[
-    Path | None, file("A TOML file of what models cost, if not what is published.", "--prices")
+    Path | None, file("A TOML file of prices, instead of the published ones.", "--prices")
 ]
 PoolFile: TypeAlias = Annotated[
     Path | None,
     file("Several providers: TOML tables [member.NAME] with limits, base_url, key_env.", "--pool"),
 ]
-AsJson: TypeAlias = Annotated[bool, flag("Print it as JSON instead.", "--json")]
+AsJson: TypeAlias = Annotated[bool, flag("Print JSON instead.", "--json")]
 Dark: TypeAlias = Annotated[bool, flag("Draw on a dark background.", "--dark")]
 
 

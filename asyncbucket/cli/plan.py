@@ -39,16 +39,20 @@ def plan(  # noqa: PLR0913 - one for each option
     *,
     # What is asked.
     calls: Annotated[int | None, options.count("How many calls; default: all samples.")] = None,
-    tokens: Annotated[str | None, _samples_option("Tokens a call, or JSONL of prompts.")] = None,
-    latency: Annotated[str, _samples_option("Seconds a call takes, or JSONL of them.")] = "0",
-    poisson: Annotated[float | None, options.text("Random calls a second.", metavar="N")] = None,
+    tokens: Annotated[
+        str | None, _samples_option("Tokens per call, or a JSONL file of prompts.")
+    ] = None,
+    latency: Annotated[str, _samples_option("Seconds per call, or a JSONL file of them.")] = "0",
+    poisson: Annotated[
+        float | None, options.text("Random arrivals, so many a second on average.", metavar="N")
+    ] = None,
     # What is allowed.
     rpm: options.Rpm = None,
     tpm: options.Tpm = None,
     limits: options.Also = None,
-    concurrency: Annotated[int | None, options.count("Calls in flight at most.")] = None,
-    profile: Annotated[str, options.name("Whose charging rules, e.g. anthropic.")] = "openai",
-    model: Annotated[str | None, options.name("The model, to say what it costs.")] = None,
+    concurrency: Annotated[int | None, options.count("The most calls in flight.")] = None,
+    profile: Annotated[str, options.name("The provider whose charging rules apply.")] = "openai",
+    model: Annotated[str | None, options.name("The model, to estimate the price.")] = None,
     prices: options.PriceFile = None,
     # How it is told.
     as_json: options.AsJson = False,
@@ -92,7 +96,7 @@ def _samples(text: str | None) -> Any:
         with contextlib.suppress(ValueError):
             return read(text)
     if not Path(text).exists():
-        raise ValueError(f"{text!r} is neither a number, JSON, nor a file that is there")
+        raise ValueError(f"{text!r} is neither a number, JSON, nor an existing file")
     return Path(text)
 
 
@@ -133,7 +137,7 @@ def _figure(path: Path, size: tuple[float, float], *, dark: bool) -> Generator["
             f'a picture needs {error.name}: pip install "asyncbucket[plot]"'
         ) from error
     if not path.suffix:
-        raise ValueError(f"{str(path)!r} shows no kind of picture: end it in .png, .svg or .pdf")
+        raise ValueError(f"{str(path)!r} has no picture format: end the name in .png, .svg or .pdf")
     look: dict[Any, Any] = {
         "axes.spines.right": False,
         "axes.spines.top": False,

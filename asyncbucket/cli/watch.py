@@ -36,23 +36,23 @@ Limiters = Sequence[Mapping[str, Any]]
 
 def watch(
     url: Annotated[
-        str, typer.Argument(metavar="URL", help="A URL of limiter.serve_stats(), or a store's.")
+        str, typer.Argument(metavar="URL", help="The URL of limiter.serve_stats(), or of a store.")
     ] = f"http://127.0.0.1:{DEFAULT_PORT}",
     *,
     interval: Annotated[
-        float, typer.Option(min=0.1, max=60, metavar="S", help="Seconds between two looks.")
+        float, typer.Option(min=0.1, max=60, metavar="S", help="Seconds between updates.")
     ] = 1.0,
-    once: Annotated[bool, options.flag("Look once, then exit.", "--once")] = False,
+    once: Annotated[bool, options.flag("Print once, then exit.", "--once")] = False,
     as_json: options.AsJson = False,
     token: Annotated[
         str | None,
-        options.text("What serve_stats(control=True) printed; commands then change limits."),
+        options.text("The token that serve_stats(control=True) printed, to change limits."),
     ] = None,
 ) -> None:
     """Show what running limiters do, live.
 
     It shows how full each limit is, what binds, and who waits. A program must call
-    limiter.serve_stats() to be watched; programs that share a store are seen in the store. It ends
+    limiter.serve_stats() to be watched; the URL of a store shows all programs that share it. It ends
     when the program does, or with Ctrl-C.
 
     Examples:

@@ -52,10 +52,10 @@ def amounts_of(
     }
     if others:
         if "concurrency" in others:
-            raise TypeError("a call takes one slot: concurrency is no part of its cost")
+            raise TypeError("a call takes one slot: leave concurrency out of the cost")
         amounts.update((name, rounded_up(amount, name)) for name, amount in others.items())
     if not requests and sum(amounts.values()) == 1:  # the slot alone
-        raise ValueError("a call must cost something: requests=1 is the usual least")
+        raise ValueError("a call must cost something, usually at least requests=1")
     return amounts
 
 

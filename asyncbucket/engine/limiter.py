@@ -336,7 +336,7 @@ class Limiter(OfThisProcess):
                 child = self._children.setdefault(name, made)
         if (limits or terms) and given != child._terms:
             raise ValueError(
-                f"{child.name!r} exists on other terms: ask for it by name alone, and change it "
+                f"{child.name!r} already exists on other terms: get it by name alone, and change it "
                 f"with child({name!r}).reconfigure(...)"
             )
         return child

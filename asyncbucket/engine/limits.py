@@ -388,6 +388,6 @@ def _read_calendar(period: Period, resets: str) -> Calendar:
         found = zoneinfo.ZoneInfo(zone.strip())
     except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError) as error:
         raise LimitSyntaxError(
-            f"{zone.strip()!r} is not a time zone: {_HOW}; if none is known here, pip install tzdata"
+            f"{zone.strip()!r} is not a time zone: {_HOW}; if this system knows none, pip install tzdata"
         ) from error
     return Calendar(period, time(int(match[1]), int(match[2])), found)

@@ -130,9 +130,9 @@ class ShadowStatistics:
     def __str__(self) -> str:
         fails = f"; {self.would_fail:,} would have failed" if self.would_fail else ""
         return (
-            f"{self.would_wait:,} of {self.calls:,} calls would have waited, {self.mean_wait:,.1f} s on "
-            f"average over all{fails}; {self.prevented:,} of {self.refusals:,} refusals would not have "
-            f"happened"
+            f"{self.would_wait:,} of {self.calls:,} calls would have waited, {self.mean_wait:,.1f} s per "
+            f"call on average{fails}; {self.prevented:,} of {self.refusals:,} refusals would have been "
+            f"prevented"
         )
 
 

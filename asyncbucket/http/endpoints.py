@@ -95,7 +95,7 @@ class _Site:
     def __init__(self, name: str, endpoint: Endpoint) -> None:
         unknown = sorted(set(endpoint) - Endpoint.__annotations__.keys())
         if unknown or "base_url" not in endpoint:
-            what = f"knows no {unknown[0]!r}" if unknown else 'needs a "base_url"'
+            what = f"has an unknown entry {unknown[0]!r}" if unknown else 'needs a "base_url"'
             raise ValueError(f"the endpoint of {name!r} {what}: write it as {_EXAMPLE}")
         url = _split(name, endpoint["base_url"])
         self.scheme, self.host = url.scheme, url.hostname or ""

@@ -223,7 +223,7 @@ def read_line(line: bytes) -> Any:
             raise ValueError(f"not JSON: {error}") from None
         return text
     except RecursionError:
-        raise ValueError("its brackets are nested deeper than can be read") from None
+        raise ValueError("its brackets are nested too deeply") from None
     if end < len(text) and text.startswith(("{", "[")):
         raise ValueError(f"not JSON: there is more after its end at column {end + 1}")
     return text if end < len(text) else found  # a quotation or a number may begin a text

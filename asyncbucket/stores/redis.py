@@ -69,7 +69,7 @@ _HOW: Final = (
     "%5B for [, %40 for @ and so on"
 )
 _REFUSED: Final = (
-    "refuses the login: {}; look at user and password in its URL, and at the docs' ACL"
+    "refuses the login: {}; check the user and password in its URL, and the ACL in the docs"
 )
 #: What failures mean, and what to do about them; the first kind that fits counts.
 _REMEDIES: Final = (
@@ -86,7 +86,7 @@ _REMEDIES: Final = (
     (exceptions.ResponseError, "failed: {}"),
     (
         ssl.SSLCertVerificationError,
-        "shows a certificate that is not trusted: {}; name the file of who issued it with ?ssl_ca_certs=",
+        "shows a certificate that is not trusted: {}; name its issuer's file with ?ssl_ca_certs=",
     ),
     (
         ssl.SSLError,
@@ -94,7 +94,7 @@ _REMEDIES: Final = (
     ),
     (
         Exception,
-        "cannot be reached: {}; see whether it runs, and speaks TLS if the URL says rediss://",
+        "cannot be reached: {}; check that it is running, and speaks TLS if the URL says rediss://",
     ),
 )
 
@@ -339,7 +339,7 @@ class RedisLedger(Ledger):
     def __init__(self, store: RedisStore, name: str, worker: str | None, slot_ttl: float) -> None:
         tls = "does" if store.url.startswith(("rediss", "valkeys")) else "does not"
         silence = (
-            f"the store {store.url} does not answer: see whether it runs, how far away it is, and whether "
+            f"the store {store.url} does not answer: check whether it is running, how far away it is, and whether "
             f"it speaks TLS on this port (this URL {tls})"
         )
         super().__init__(store, name, worker, silence)

@@ -32,7 +32,7 @@ BUCKETS: Final = (
 #: Histograms of seconds.
 HISTOGRAMS: Final[dict[str, Description]] = {
     "wait": (
-        "Seconds between asking and admission, by what bound the call.",
+        "Seconds from acquire to admission, by the limit that bound.",
         ("limiter", "bound_by"),
     ),
     "shadow_wait": (
@@ -52,7 +52,7 @@ COUNTERS: Final[dict[str, Description]] = {
     ),
     "spent_usd": ("US dollars that calls have cost.", ("limiter",)),
     "upstream_429": ("Calls that the provider refused for rate.", ("limiter",)),
-    "retries": ("Failed calls that are tried again.", ("limiter",)),
+    "retries": ("Attempts after the first.", ("limiter",)),
     "prompt_cache": (
         "Calls that read from the provider's prompt cache, or wrote to it.",
         ("limiter", "kind"),
@@ -61,8 +61,8 @@ COUNTERS: Final[dict[str, Description]] = {
 #: What is read when somebody looks, because the use of a limit changes even if nothing happens.
 GAUGES: Final[dict[str, Description]] = {
     "queued_requests": ("Calls that wait for their admission now.", ("limiter",)),
-    "in_flight_requests": ("Calls admitted and not yet over.", ("limiter",)),
-    "running_agents": ("Agents that call the limiter itself and are not over.", ("limiter",)),
+    "in_flight_requests": ("Calls in flight.", ("limiter",)),
+    "running_agents": ("Running agents that call the limiter itself.", ("limiter",)),
     "limit_used_ratio": ("Share of a limit in use, 1 for all of it.", ("limiter", "limit")),
 }
 

@@ -61,7 +61,7 @@ class Counting:
         for name in ("slices", "others_at_once", "others_cost"):
             read_count(getattr(self, name), name, least=1)
         if not is_number(self.others) or not 0 <= self.others <= 1:
-            raise ValueError(f"others must be a part from 0 to 1, not {self.others!r}")
+            raise ValueError(f"others must be a fraction from 0 to 1, not {self.others!r}")
 
 
 #: What the names of policies stand for.

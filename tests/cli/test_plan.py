@@ -61,8 +61,11 @@ def test_samples_limits_and_prices_are_read_from_files_and_options(tmp_path: Pat
     ("options", "error"),
     [
         ("", "how many calls? give calls, or samples of tokens or latency, in a list or a file"),
-        ("--calls 3 --tokens none.jsonl", "'none.jsonl' is neither a number, JSON, nor a file"),
-        ("--calls 3 --tokens {", "'{' is neither a number, JSON, nor a file that is there"),
+        (
+            "--calls 3 --tokens none.jsonl",
+            "'none.jsonl' is neither a number, JSON, nor an existing file",
+        ),
+        ("--calls 3 --tokens {", "'{' is neither a number, JSON, nor an existing file"),
         ("a.jsonl --tokens 9", "'a.jsonl' and --tokens both say what calls cost"),
     ],
 )
@@ -94,7 +97,7 @@ async def test_trace_is_drawn(virtual_time: VirtualTime, tmp_path: Path) -> None
     [
         ("x.docx", "Format 'docx' is not supported (supported formats: "),
         ("none/x.svg", "none/x.svg cannot be used (No such"),
-        ("x", "'x' shows no kind of picture: end it in "),
+        ("x", "'x' has no picture format: end the name in "),
     ],
 )
 def test_picture_that_cannot_be_drawn_is_refused(

@@ -169,7 +169,11 @@ def error(message: str, code: str) -> bytes:
     [
         (error(f"bad {SECRET}", "x"), 401, r"HTTP 401: bad \*\*\* .*; correct the key in OPENAI"),
         (error("broke", "insufficient_quota"), 429, "HTTP 429: broke .*; correct .* account"),
-        (b"[" * 100_000, 404, r"HTTP 404: \[\[\[.*; see that it runs, or correct --api-base or"),
+        (
+            b"[" * 100_000,
+            404,
+            r"HTTP 404: \[\[\[.*; check that it is running, or correct --api-base or",
+        ),
         (b"<html>\nHi\x1b[31m", 200, r"HTTP 200: the reply is not JSON: <html> Hi \[31m"),
         (b"", 200, "HTTP 200: the reply is not JSON: it is empty"),
     ],
@@ -293,7 +297,7 @@ def test_model_without_a_price_ends_a_run_that_has_a_cap() -> None:
     ("arguments", "message"),
     [
         ("in.jsonl --rpm 1 --max-usd 0", "limit of usd must be from 0.000001"),
-        ("in.jsonl", "say what your key may do: --rpm and --tpm"),
+        ("in.jsonl", "say what your key allows: --rpm and --tpm"),
         ("none.jsonl --rpm 1", "'none.jsonl' is not a file that can be read: name one"),
         ("in.jsonl --rpm 1 -o in.jsonl", "in.jsonl is read already: give another -o"),
         (f"in.jsonl --rpm 1 -o {os.devnull}", "is not a file that can be written"),

@@ -106,10 +106,10 @@ def test_key_depends_on_content_but_not_on_order_or_line_number() -> None:
         (b'{"text": "Why?"}', "nothing to answer: a body for /v1/chat/completions needs messages"),
         (batch(url="/v1/embeddings"), "nothing to answer: a body for /v1/embeddings needs input"),
         (b"\xff\xfe", "not UTF-8 text at byte 0"),
-        (batch(custom_id=7), "custom_id is missing, or no text"),
+        (batch(custom_id=7), "custom_id is missing, or not text"),
         (batch(url="/v1/files"), "url is '/v1/files', known: /v1/chat/completions, /v1/"),
         (batch(url=["/v1/files"]), "url is ['/v1/files'], known: "),
-        (batch(body=None), "body is missing, or no object"),
+        (batch(body=None), "body is missing, or not an object"),
         (batch(body={"messages": [1], "stream": True}), "the body asks for a stream"),
     ],
 )
@@ -121,7 +121,7 @@ def test_deeply_nested_line_is_read_or_refused() -> None:
     depths = (*range(2, sys.getrecursionlimit()), 1_000_000)
     start = b'{"messages": [1], "metadata": '
     reasons = [refusal(start + b"[" * depth + b"]" * depth + b"}") for depth in depths]
-    assert (reasons[0], reasons[-1]) == ("", "its brackets are nested deeper than can be read")
+    assert (reasons[0], reasons[-1]) == ("", "its brackets are nested too deeply")
     assert len(set(reasons)) == 2
 
 

@@ -42,7 +42,7 @@ CLOCK = "clock must be a callable that returns integer nano"
 AMOUNT = "amount must be a whole number of units from 1 on, not {}"
 BURST = "burst must be a whole number of at least 1, not {}"
 WHOLE_COST = "Cost(requests=1) is a whole cost: give no other amounts with it"
-SLOT = "a call takes one slot: concurrency is no part of its cost"
+SLOT = "a call takes one slot: leave concurrency out of the cost"
 UNKNOWN = "no limit counts imges: this limiter counts input_tokens, output_tokens, requests, tokens"
 
 limiter = Limiter("5 RPM", "1k TPM")
@@ -120,7 +120,7 @@ REFUSED: list[tuple[str, Callable[..., Any], str | None, list[Any]]] = [
     ("multiple values for keyword argument 'timeout'", limiter.acquire_nowait, "timeout", [5]),
     (SLOT, Cost, "concurrency", [3]),
     (SLOT, limiter.acquire, "concurrency", [2]),
-    ("a call must cost something: requests=1 is the usual", Cost, "requests", [0]),
+    ("a call must cost something, usually at least", Cost, "requests", [0]),
     ("tokens must be finite and not negative, not {}", settle, None, [-1, NAN, INF]),
     ("tokens must be a number, not {}", settle, None, [True]),
     ("learn() takes a Limit, such as ", limiter.learn, None, ["60 RPM"]),

@@ -90,8 +90,8 @@ def test_what_waits_is_told_while_it_waits(virtual_time: VirtualTime) -> None:
         told = limiter.statistics().shadow
         assert told is not None
         assert str(told) == (
-            "3 of 4 calls would have waited, 30.7 s on average over all; 0 of 0 refusals would not "
-            "have happened"
+            "3 of 4 calls would have waited, 30.7 s per call on average; 0 of 0 refusals would "
+            "have been prevented"
         )
         await asyncio.sleep(2)
         for lease in leases:
@@ -142,7 +142,7 @@ def test_pacing_begins_when_the_shadow_ends(virtual_time: VirtualTime) -> None:
 
 
 def test_what_cannot_be_in_shadow_is_refused() -> None:
-    with pytest.raises(ValueError, match="a limiter in shadow keeps its line to itself"):
+    with pytest.raises(ValueError, match="a limiter in shadow cannot use a store"):
         Limiter("1 RPM", shadow=True, store="sqlite:///x.db")
     wrong: Any = "yes"
     with pytest.raises(TypeError, match="shadow must be True or False, not 'yes'"):
@@ -166,6 +166,6 @@ for _ in range(3):
     limiter.acquire_nowait().release()
 """
     assert python("-c", script).stderr == (
-        "limiter 'openai' in shadow: 2 of 3 calls would have waited, 1.0 s on average over all; 0 of "
-        "0 refusals would not have happened\n"
+        "limiter 'openai' in shadow: 2 of 3 calls would have waited, 1.0 s per call on average; 0 of "
+        "0 refusals would have been prevented\n"
     )

@@ -213,7 +213,7 @@ async def test_caller_that_still_waits_when_the_proxy_stops_is_told(upstream: Up
         told = await call
         await proxy.until(waiting=0)
     assert told.status_code == 503
-    assert told.json()["error"]["message"] == "the proxy stops: try again"
+    assert told.json()["error"]["message"] == "the proxy is shutting down: try again"
 
 
 async def test_callers_share_by_key_and_the_key_stays_with_the_proxy(

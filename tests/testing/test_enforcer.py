@@ -69,7 +69,7 @@ def test_failed_call_is_charged_but_scripted_429_is_not() -> None:
         (Options, {"accidents": 2}, "accidents must be from 0 to 1, not 2"),
         (Counting, {"by": "magic"}, "by must be bucket, log or calendar, not 'magic'"),
         (Counting, {"size": 0}, "size must be a whole number of at least 1, not 0"),
-        (Counting, {"others": 40}, "others must be a part from 0 to 1, not 40"),
+        (Counting, {"others": 40}, "others must be a fraction from 0 to 1, not 40"),
         (Options, {"profile": "magic"}, "profile must be one of openai, .* not 'magic'"),
         (Options, {"minute": 0}, "minute must be a positive number of seconds, not 0"),
         (Options, {"latency": (2, 1)}, r"latency must be seconds .* not \(2, 1\)"),

@@ -66,22 +66,26 @@ class ProxyOptions:
     ] = None
     pool: options.PoolFile = None
     listen: Annotated[
-        str | None, options.text("Where calls come in; default: 127.0.0.1:4295.", metavar="ADDRESS")
+        str | None,
+        options.text("The address to listen on; default: 127.0.0.1:4295.", metavar="ADDRESS"),
     ] = None
     profile: Annotated[
         str | None, options.name("The provider's name, if the URL does not show it.")
     ] = None
     key_env: Annotated[
-        str | None, options.name("The variable with the provider's key; callers need none.")
+        str | None,
+        options.name("The environment variable with the provider's key; callers then need none."),
     ] = None
     # What is allowed.
     rpm: options.Rpm = None
     tpm: options.Tpm = None
     also: options.Also = None
-    concurrency: Annotated[Any, options.count("Calls in flight at most.", or_auto=True)] = None
-    max_queue: Annotated[int | None, options.count("Calls that may wait; default: all.")] = None
+    concurrency: Annotated[Any, options.count("The most calls in flight.", or_auto=True)] = None
+    max_queue: Annotated[
+        int | None, options.count("The most calls that may wait; default: no limit.")
+    ] = None
     retries: Annotated[
-        int | None, options.count("How often a failed call goes out again; default: 4.", least=0)
+        int | None, options.count("Retries of a failed call; default: 4.", least=0)
     ] = None
     cache: Annotated[
         str | None,
@@ -89,14 +93,14 @@ class ProxyOptions:
     ] = None
     learn: Annotated[
         bool | None,
-        options.flag("What the provider's headers say; default: heed it.", "--learn/--no-learn"),
+        options.flag("Learn from the provider's headers; default: yes.", "--learn/--no-learn"),
     ] = None
     store: Annotated[
         str | None, options.text("Keep the limits in a file or a server.", metavar="URL")
     ] = None
     shadow: Annotated[
         bool | None,
-        options.flag("Let all calls pass, and tell what would have waited.", "--shadow"),
+        options.flag("Let all calls pass, and report which would have waited.", "--shadow"),
     ] = None
     # Who shares, and who looks.
     tenants_by_key: Annotated[
@@ -112,7 +116,7 @@ class ProxyOptions:
         options.text("Health, statistics, metrics; default: 127.0.0.1:4294.", metavar="ADDRESS"),
     ] = None
     config: Annotated[
-        Path | None, options.file("TOML with all of this; SIGHUP reads it again.")
+        Path | None, options.file("A TOML file with these options; SIGHUP reloads it.")
     ] = None
     limits: tuple[Limit, ...] = field(init=False)
     terms: dict[str, Any] = field(init=False)

@@ -183,7 +183,7 @@ class Proxy:
             case "/metrics":
                 return self._metrics
             case _:
-                return PlainTextResponse("there are /stats, /metrics and /healthz", 404)
+                return PlainTextResponse("try /stats, /metrics or /healthz", 404)
 
     async def _serve(self, caller: "_Caller") -> None:
         """Answer a call, unless its caller leaves or the server stops."""
@@ -199,7 +199,9 @@ class Proxy:
         if not call.cancelled():
             call.result()  # raises what nobody expected
         elif is_stopping and not caller.is_answered:
-            stopping = ProxyError("the proxy stops: try again", status=503, retry_after=1.0)
+            stopping = ProxyError(
+                "the proxy is shutting down: try again", status=503, retry_after=1.0
+            )
             await caller.refuse(stopping)
 
     async def _answer(self, caller: "_Caller") -> None:
@@ -278,7 +280,7 @@ def _check(path: bytes, headers: Headers) -> None:
     if not path.startswith(b"/"):  # ``OPTIONS *``, ``CONNECT``, or a whole URL
         raise ProxyError("call the proxy as a base URL, not as an HTTP proxy")
     if _has_dot_segment(path):  # which somebody may resolve, and leave the path of the base URL
-        raise ProxyError("a path with . or .. as a segment can't pass, in whatever coding")
+        raise ProxyError("a path with . or .. as a segment is refused, however it is encoded")
     if {b"content-length", b"transfer-encoding"} <= {name for name, _ in headers}:
         raise ProxyError("send Content-Length or Transfer-Encoding, not both")
     if sum(len(name) + len(value) for name, value in headers) > _HEAD:
@@ -335,7 +337,7 @@ class _Caller:
                 async with asyncio.timeout(_STALLED):
                     message = await self.receive()
             except TimeoutError:
-                raise ProxyError("nothing of the body came for a minute", status=408) from None
+                raise ProxyError("no part of the body arrived for a minute", status=408) from None
             if message["type"] == "http.disconnect":
                 raise ClientDisconnect
             more = message.get("more_body", False)

@@ -47,9 +47,11 @@ class Job:
     """
 
     source: Annotated[
-        Path, typer.Argument(metavar="FILE", help="Batch lines or prompts, one a line.")
+        Path, typer.Argument(metavar="FILE", help="Requests or prompts, one per line.")
     ]
-    out: Annotated[Path, options.file("Answers as JSONL.", "--out", "-o")] = Path("answers.jsonl")
+    out: Annotated[Path, options.file("The file of answers, JSONL.", "--out", "-o")] = Path(
+        "answers.jsonl"
+    )
     model: Annotated[str | None, options.name("The model; default: what the lines say.")] = None
     # What is allowed.
     rpm: options.Rpm = None
@@ -60,7 +62,7 @@ class Job:
         Any, options.count(f"Calls at once; default: {CONCURRENCY}.", or_auto=True)
     ] = None
     max_usd: Annotated[
-        float | None, options.text("Stop before it costs more dollars than this.", metavar="USD")
+        float | None, options.text("Stop before the run costs more than this.", metavar="USD")
     ] = None
     prices: options.PriceFile = None
     # Where requests go, and what is in them.
@@ -71,7 +73,9 @@ class Job:
         "chat"
     )
     system: Annotated[str | None, options.text("The system message before each prompt.")] = None
-    max_tokens: Annotated[int | None, options.count("For a reply, if the line sets none.")] = None
+    max_tokens: Annotated[
+        int | None, options.count("The most tokens of a reply, if the line sets none.")
+    ] = None
     pool: options.PoolFile = None
     # How often, and how.
     attempts: Annotated[int, options.count("Attempts for a line, the first included.")] = 5
@@ -141,7 +145,7 @@ class Job:
             )
         if not self.limits and self.concurrency is None and self.pool is None:
             raise ValueError(
-                "say what your key may do: --rpm and --tpm, e.g. --rpm 500 --tpm 200000; or, for a "
+                "say what your key allows: --rpm and --tpm, e.g. --rpm 500 --tpm 200000; or, for a "
                 "server without limits, --concurrency 20 or --concurrency auto; or, for several, --pool"
             )
         odd = [limit for limit in self.limits if limit.resource not in COMMON]

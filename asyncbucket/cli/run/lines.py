@@ -91,11 +91,11 @@ def read_request(number: int, data: bytes, job: Job) -> Request | None:
     elif "custom_id" in line or "body" in line:
         custom_id, path, body = line.get("custom_id"), line.get("url", path), line.get("body")
         if not isinstance(custom_id, str) or not custom_id:
-            raise ValueError("custom_id is missing, or no text")
+            raise ValueError("custom_id is missing, or not text")
         if not isinstance(path, str) or path not in _BODIES:
             raise ValueError(f"url is {path!r}, known: {', '.join(_BODIES)}")
         if not isinstance(body, dict):
-            raise ValueError("body is missing, or no object")  # noqa: TRY004 - of a file
+            raise ValueError("body is missing, or not an object")  # noqa: TRY004 - of a file
     elif isinstance(line.get("prompt"), str) and line.keys().isdisjoint({"messages", "input"}):
         body = _prompt_body(line.pop("prompt"), job) | line
     else:
@@ -104,7 +104,7 @@ def read_request(number: int, data: bytes, job: Job) -> Request | None:
     try:
         identity = json.dumps([custom_id, path, body], sort_keys=True, separators=(",", ":"))
     except RecursionError:
-        raise ValueError("its brackets are nested deeper than can be read") from None
+        raise ValueError("its brackets are nested too deeply") from None
     key = hashlib.sha256(identity.encode()).digest()[:16]
     return Request(number, custom_id or f"line-{number}", path, body, key)
 

@@ -107,7 +107,7 @@ def headline(job: Job, tally: Tally, limiter: Limiter) -> str:
     slots = f"{job.concurrency or CONCURRENCY} at once"
     limits = [allowed(limiter)] if isinstance(limiter, Pool) else [*map(str, job.limits)]
     limits += [] if job.max_usd is None else [f"{usd_written(job.max_usd)} USD in all"]
-    limits += ["as many as go well" if job.concurrency == "auto" else slots]
+    limits += ["as many as the server handles" if job.concurrency == "auto" else slots]
     model = "" if job.model is None else f" with {job.model}"
     lines = counted(tally.total, "lines")
     return f"{job.source}, {lines}{model}; {job.destination}\n{', '.join(limits)}"

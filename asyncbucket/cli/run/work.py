@@ -234,8 +234,8 @@ class Run:
         if not is_certain and self._failures_in_a_row < _MAX_FAILURES_IN_A_ROW:
             return None
         if is_account:
-            return f"correct the key in {self._job.pool or 'OPENAI_API_KEY'}, or see to the account"
-        return f"see that it runs, or correct {self._job.pool or '--api-base'} or --model"
+            return f"correct the key in {self._job.pool or 'OPENAI_API_KEY'}, or check the account"
+        return f"check that it is running, or correct {self._job.pool or '--api-base'} or --model"
 
     def _stop(self) -> None:
         """Send no more requests; those under way go on."""
