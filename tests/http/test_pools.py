@@ -202,7 +202,7 @@ async def test_costs_are_the_largest_that_any_member_may_charge(library: Any) ->
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"base_ulr": "x"}, "'openai' knows no 'base_ulr'"),
+        ({"base_ulr": "x"}, "'openai' has an unknown entry 'base_ulr'"),
         ({"headers": "x"}, "headers of the endpoint of 'openai' must map names to texts"),
         ({"headers": {"api-key": "canary\n"}}, "of 'openai' hold a line break, or what is"),
         ({"headers": {"api-key": "canarý"}}, "of 'openai' hold a line break, or what is"),
