@@ -240,7 +240,7 @@ class Retrier:
             with self._lock:
                 self._budget = min(most, self._budget + _PER_SUCCESS)
         refusals = self._refusals if sent.member is None else Refusals.of(sent.member)
-        if refusals.waves or refusals.latest:
+        if refusals.latest:
             refusals.succeeded(sent.at)
 
     def spend(self) -> bool:

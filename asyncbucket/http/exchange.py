@@ -91,7 +91,7 @@ class Exchange:
             headers.read(reply.headers, self._profile, since=since)
         if not ok:
             return await self._refused(reply, request, io)
-        if self._provider.refusals.waves or self._provider.refusals.latest:
+        if self._provider.refusals.latest:
             self._provider.refusals.succeeded(self._sent_at)
         answered(self._lease)
         method = read.call.method

@@ -1,22 +1,16 @@
 """What a provider's answers tell the limiter: headers what is left, refusals when to pause.
 
-**Headers.** The values come from outside; no value, however long or odd, raises anything. A limiter
-may be below others, and only one of them has the limit that the provider reports: the one whose
-number is announced, or else the one whose number is nearest.
+**Headers.** The values come from outside; no value, however long or odd, raises anything. If several
+limiters are above each other, a report is of the one whose limit is announced, or is the nearest.
 
-**Refusals.** `asyncbucket.providers.errors` decides what a refusal means; here it is decided what
-follows for the limiter. A refusal for rate, or for lack of slots, concerns all calls, and so does an
-overloaded provider (529, or a 503 that says so): everyone waits, once, and for as long as it says.
-The refusals of one wave, which is everything in flight when the first one came back, make one pause.
-If the provider names no time, the pause doubles from wave to wave until a call succeeds, up to two
-minutes. If the limiter finds its concurrency by itself, a first wave that names no time reduces the
-slots and makes no pause: that is how a server says that there was one call too many.
+**Refusals.** `asyncbucket.providers.errors` decides what a refusal means, and this module what follows.
+A refusal for rate or for slots, and an overloaded provider, concern all calls: everyone waits, once,
+for as long as it says. What was in flight when the first refusal came back is one wave and makes one
+pause. If the provider names no time, the pause doubles from wave to wave until a call succeeds, up to
+two minutes; but the first wave only reduces the slots if the limiter finds their number by itself.
 
-A quota of a day that is used up makes one pause that lasts until the quota is full again. An
-exhausted account does not pass by waiting, and pauses nobody.
-
-Several parties may hear of one wave: each transport of a limiter, and each wrapped model's retries.
-What they have heard is kept with the limiter, so it remains one wave.
+A used-up quota of a day makes one pause, until it resets; an exhausted account pauses nobody. Each
+transport and each wrapped model's retries may hear of one wave; the limiter keeps what they heard.
 """
 
 import contextlib
@@ -46,9 +40,6 @@ from asyncbucket.levels import (
 )
 from asyncbucket.providers.errors import DAILY, Verdict, http_date
 from asyncbucket.providers.profiles import Profile, Told
-
-#: A limiter, and the resource and the window of one of its limits.
-_LimitId: TypeAlias = tuple[Limiter, str, float]
 
 #: What a header says of a limit, by the fields of `Told`.
 _PARTS: Final = ("remaining", "limit", "period", "reset")
@@ -147,34 +138,42 @@ class HeaderReader:
             self._ignore_until = since + min(windows, default=0.0) / _READS_PER_WINDOW
 
     def _complete(self, report: "_Report") -> None:
-        """Find out what an announced limit is for if its window varies.
+        """Find out what an announced limit is for if its window varies: Azure's is 1, 10 or 60 s.
 
-        A slice of one of our limits says as much of the whole limit. What is left may be of a slice
-        or of the window; `asyncbucket.feedback.provider_meter` finds out.
+        A slice of one of our limits says as much of the whole limit.
         """
         told, seconds = report.told, report.seconds
         if told.period is None:
             return
         ours = (limit.key for limiter in self._levels for limit in limiter.limits)
-        if not 0 < seconds <= told.per:  # Azure's are 1, 10 or 60
+        if not 0 < seconds <= told.per:
             report.amount = math.inf
-        elif seconds < told.per and (told.resource, told.per) in ours:
+        elif (told.resource, told.per) in ours:
             report.amount *= told.per / seconds
         else:
             report.per = seconds
 
     def _report(self, report: "_Report", since: float | None, wall: float | None) -> None:
-        """Tell the limiter what is left of a window."""
-        if report.left == math.inf:
+        """Tell the limiter what is left of the limit with that amount, or else the nearest one.
+
+        Of several that are as near, it is the highest limiter's.
+        """
+        resource, per, amount = report.told.resource, report.per, report.amount
+        found = [
+            ((limit.units != amount, limit.per != per, abs(limit.units - amount)), limiter, limit)
+            for limiter in reversed(self._levels)
+            for limit in limiter.limits
+            if limit.resource == resource and (limit.per == per or limit.units == amount)
+        ]
+        if report.left == math.inf or not found:
             return
-        window = report.told.resource, report.per
-        limiter, resource, per = self._find_limit(window, report.amount)
+        _, limiter, limit = min(found, key=lambda each: each[0])
         observe_remaining(
             limiter,
-            int(min(report.left, report.amount)),
+            int(min(report.left, amount)),
             resource=resource,
-            per=per,
-            limit=None if report.amount == math.inf else int(report.amount),
+            per=limit.per,
+            limit=None if amount == math.inf else int(amount),
             since=since,
             rounding=report.rounding,
             full_in=read_reset(report.reset, wall),
@@ -192,26 +191,6 @@ class HeaderReader:
             limit = Limit(report.told.resource, amount, per=report.per, burst=burst)
             if limit not in self._limiter.limits:
                 self._limiter.learn(limit)
-
-    def _find_limit(self, window: tuple[str, float], amount: float) -> _LimitId:
-        """Find the limiter and the window that a header reports.
-
-        That is the one with that amount, or else the one whose amount is nearest; the highest if
-        the amount is infinite.
-        """
-        resource, per = window
-        candidates = [
-            (limit, limiter)
-            for limiter in self._levels
-            for limit in limiter.limits
-            if limit.resource == resource
-        ]
-        same_window = [pair for pair in candidates if pair[0].per == per]
-        for limit, limiter in (*same_window, *candidates):
-            if limit.units == amount:  # perhaps of another window
-                return limiter, resource, limit.per
-        off = {limiter: abs(limit.units - amount) for limit, limiter in reversed(same_window)}
-        return min(off, key=off.__getitem__, default=self._limiter), resource, per
 
 
 @dataclass(slots=True)
@@ -296,20 +275,17 @@ def _headers_of(profile: Profile) -> _HeaderIndex:
 class Refusals:
     """Pause one limiter when its provider refuses; `of` returns the one object for each limiter.
 
-    It has to be told of a success only while `waves` or `latest` is not 0. Safe on several threads.
+    It has to be told of a success only while `latest` is not 0. Safe on several threads.
     """
 
     def __init__(self, limiter: Limiter) -> None:
         self.limiter = limiter
         self._lock = Lock()
-        #: Waves since a call last succeeded, and when the first of them came.
-        self.waves = 0
-        #: Of the latest replies, which were refusals for rate: one bit each, the latest lowest.
+        #: Which of the latest replies were refusals: one bit each, the latest lowest.
         self.latest = 0
-        self._first_at = -math.inf
-        #: When the latest wave came, and when its pause ends.
-        self._started_at = self._before_at = -math.inf
-        self._paused_until = -math.inf
+        #: Waves since a call last succeeded; when the first and the latest came, and the pause ends.
+        self._waves = 0
+        self._first_at = self._latest_at = self._paused_until = -math.inf
         #: Until when pauses are not logged.
         self._quiet_until = -math.inf
         #: Whether an exhausted account was logged.
@@ -327,14 +303,14 @@ class Refusals:
         """End a series of waves, unless the call was sent before the latest wave came."""
         with self._lock:
             self._remember(0)
-            if self.waves and self._is_over(self.limiter.now(), sent_at):
-                self.waves = 0
-            elif self.waves > 1 and sent_at is not None and sent_at > self._before_at:
-                self.waves, self._first_at = 1, self._started_at
+            if not self.latest or self._is_over(self.limiter.now(), sent_at):
+                self._waves = 0
+            elif self._waves and sent_at is not None and sent_at > self._first_at:
+                self._waves, self._first_at = 1, self._latest_at
 
     def lasted(self, *, waves: int) -> float:
         """Return for how long (s) no call has succeeded, if there were more than so many ``waves``."""
-        return self.limiter.now() - self._first_at if self.waves > waves else 0.0
+        return self.limiter.now() - self._first_at if self._waves > waves else 0.0
 
     def seconds_left(self) -> float:
         """Return the seconds until the pause of the latest wave ends."""
@@ -342,7 +318,7 @@ class Refusals:
 
     def _is_over(self, now: float, sent_at: float | None) -> bool:
         """Tell whether a call sent at ``sent_at``, answered now, says more than the latest wave."""
-        return now >= self._paused_until and (sent_at is None or sent_at > self._started_at)
+        return now >= self._paused_until and (sent_at is None or sent_at > self._latest_at)
 
     def take_in(
         self, verdict: Verdict, *, sent_at: float | None = None, in_flight: int = 0
@@ -372,17 +348,13 @@ class Refusals:
             now = self.limiter.now()
             new_wave = self._is_over(now, sent_at) and is_run
             if new_wave:
-                self.waves += 1
-                self._before_at, self._started_at = self._started_at, now
-                self._first_at = now if self.waves == 1 else self._first_at
+                self._waves, self._latest_at = self._waves + 1, now
+                self._first_at = now if self._waves == 1 else self._first_at
+            seconds = 0.0
             if asked is not None:
                 seconds = asked if verdict.pause == DAILY else min(asked, _MAX_PAUSE)
-            elif not new_wave:
-                seconds = max(0.0, self._paused_until - now)
-            elif self.waves == 1 and can_give_slots_up(self.limiter):
-                seconds = 0.0
-            else:
-                seconds = doubled(_FIRST_PAUSE, self.waves, most=_MAX_PAUSE)
+            elif new_wave and (self._waves > 1 or not can_give_slots_up(self.limiter)):
+                seconds = doubled(_FIRST_PAUSE, self._waves, most=_MAX_PAUSE)
             self._paused_until = max(self._paused_until, now + seconds)
             is_news = new_wave and seconds > 0 and now >= self._quiet_until
             if is_news:
