@@ -73,7 +73,7 @@ def read_count(typed: str, least: int = 1) -> int:
         number = read_amount(typed)
         if number >= 1:
             return number
-    raise ValueError(f"{typed!r} is not a whole number from {least} on, such as 500 or 2k")
+    raise ValueError(f"{typed!r} is not a whole number of at least {least}, such as 500 or 2k")
 
 
 Rpm: TypeAlias = Annotated[int | None, count("Requests a minute.")]

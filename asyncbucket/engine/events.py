@@ -286,7 +286,7 @@ class Observers:
                 if key not in self._failed:
                     self._failed.add(key)
                     _log.error(
-                        "observer %s raised on %s; later errors of it are not reported",
+                        "observer %s raised on %s; its later errors are not reported",
                         _name(callback),
                         type(event).__name__,
                         exc_info=error,

@@ -688,7 +688,7 @@ def _warn_of_first(node: Node) -> None:
     """
     if not (node.admitted or node.waiting or node.refused or node.cancelled):
         warnings.warn(
-            "an acquisition was never awaited, so that nothing was paced: write "
+            "an acquisition was never awaited, so nothing was paced: write "
             "`await limiter.acquire(...)` or `async with limiter.acquire(...):`",
             RuntimeWarning,
             stacklevel=3,

@@ -164,7 +164,7 @@ class TokenBucket(OfThisProcess):
     def _amounts(self, amount: int) -> Amounts:
         if not is_integer(amount) or amount < 1:
             raise ValueError(
-                f"amount must be a whole number of units from 1 on, not {shown(amount)}"
+                f"amount must be a whole number of at least 1 unit, not {shown(amount)}"
             )
         if amount > self.burst:
             raise CostExceedsLimit(

@@ -301,5 +301,5 @@ def _read_seconds(sample: object) -> int:
 
 def _number(value: object) -> float:
     if not is_number(value) or not 0 <= value < math.inf:
-        raise ValueError(f"expected a finite number from 0 on, not {shown(value)}")
+        raise ValueError(f"expected a finite number of at least 0, not {shown(value)}")
     return plain(value)

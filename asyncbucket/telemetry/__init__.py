@@ -63,7 +63,7 @@ def logging(
         ValueError: ``threshold`` is not a number of seconds from 0 on.
     """
     if not threshold >= 0:
-        raise ValueError(f"threshold must be a number of seconds from 0 on, not {threshold!r}")
+        raise ValueError(f"threshold must be at least 0 s, not {threshold!r}")
     log = logger if isinstance(logger, Logger) else getLogger(logger)
 
     def observe(event: Event) -> None:

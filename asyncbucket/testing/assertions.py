@@ -89,7 +89,7 @@ def assert_within_bucket(trace: TimedAmounts, *, rate: float, burst: float) -> N
             or `burst` is not above 0.
     """
     if not (0 <= rate < math.inf and 0 < burst < math.inf):
-        raise ValueError(f"rate must be from 0 on and burst above 0, not {rate!r} and {burst!r}")
+        raise ValueError(f"rate must be at least 0 and burst above 0, not {rate!r} and {burst!r}")
     _check_bucket(_admissions(trace), Fraction(rate), burst)
 
 

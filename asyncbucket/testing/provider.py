@@ -179,7 +179,7 @@ class RateLimitedProvider(Options):
     def start(self) -> None:
         """Start, and return when it answers. Done by entering the context; takes a moment."""
         if self._server is not None:
-            raise RuntimeError(f"the provider runs already, at {self.url}")
+            raise RuntimeError(f"the provider is already running, at {self.url}")
         server = _Server(self.app, self.port)
         server.start()
         self._server = server

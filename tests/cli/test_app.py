@@ -97,7 +97,7 @@ main()
 def test_invalid_number_is_quoted_with_its_bounds(typed: str) -> None:
     result = CliRunner().invoke(cli.app, ["demo", "--rpm", typed])
     assert result.exit_code == 2
-    assert f"'--rpm': '{typed}' is not a whole number from 1 on, such as 500" in result.stderr
+    assert f"'--rpm': '{typed}' is not a whole number of at least 1, such as 500" in result.stderr
 
 
 @pytest.mark.parametrize("command", COMMANDS)

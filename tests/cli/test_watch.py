@@ -113,7 +113,7 @@ def test_watch_shows_a_running_limiter_as_text_or_json() -> None:
 @pytest.mark.parametrize(
     ("url", "message"),
     [
-        ("http://me:s3cret@127.0.0.1:1", "nobody serves statistics at http://***@127"),
+        ("http://me:s3cret@127.0.0.1:1", "nothing serves statistics at http://***@127"),
         ("http://me:s3cret/x@127.0.0.1", "at http://***@127.0.0.1 (InvalidURL)"),
         ("localhost:4294", "serve_stats() returns, such as http://127.0.0.1:4294\n"),
     ],
@@ -144,7 +144,7 @@ def test_watch_reports_a_server_that_is_no_limiter(answer: bytes) -> None:
         threading.Thread(target=serve).start()
         done = run.invoke(app, ["watch", f"http://127.0.0.1:{server.getsockname()[1]}", "--once"])
     assert done.exit_code == 2
-    assert "nobody serves statistics" in done.stderr
+    assert "nothing serves statistics" in done.stderr
     assert done.stderr.count("\n") == 1
 
 

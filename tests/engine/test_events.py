@@ -107,7 +107,7 @@ def test_observer_that_raises_is_logged_once_by_its_name(caplog: pytest.LogCaptu
     (record,) = caplog.records
     assert (record.name, record.levelname) == ("asyncbucket", "ERROR")
     assert record.getMessage().endswith(
-        "<locals>.Sender raised on Admitted; later errors of it are not reported"
+        "<locals>.Sender raised on Admitted; its later errors are not reported"
     )
     assert record.exc_info
     assert str(record.exc_info[1]) == "disk full"

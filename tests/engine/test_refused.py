@@ -39,7 +39,7 @@ SLOTS = '"auto" or an ascending pair of such numbers, not {}'
 TTL = "slot_ttl must be a number of seconds from 0.1 to 86,400, a day, not {}"
 TENANT = "a tenant must be a non-empty string, not "
 CLOCK = "clock must be a callable that returns integer nano"
-AMOUNT = "amount must be a whole number of units from 1 on, not {}"
+AMOUNT = "amount must be a whole number of at least 1 unit, not {}"
 BURST = "burst must be a whole number of at least 1, not {}"
 WHOLE_COST = "Cost(requests=1) is a whole cost: give no other amounts with it"
 SLOT = "a call takes one slot: leave concurrency out of the cost"
@@ -130,7 +130,7 @@ REFUSED: list[tuple[str, Callable[..., Any], str | None, list[Any]]] = [
     ("pace() without a limit would pace nothing", partial(pace, object()), "rpm", [None]),
     ("rpm must be a whole number of at least 1", partial(pace, object()), "rpm", [0]),
     ("last must be a whole number of at least 1, not {}", limiter.trace, None, [0, 1.5]),
-    ("threshold must be a number of seconds from 0 on, not {}", logging, "threshold", [-1, NAN]),
+    ("threshold must be at least 0 s, not {}", logging, "threshold", [-1, NAN]),
     ("a rate must be a finite number of calls a second", Poisson, None, [0, INF, True]),
     ("a budget needs a cap: give e.g. usd=2.00", budget, "usd", [None]),
     ("usd must be finite and not negative, not {}", budget, "usd", [-1, NAN]),

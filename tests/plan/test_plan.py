@@ -103,10 +103,22 @@ def test_share_used_of_each_request_limit_follows_its_own_window() -> None:
         (["9 RPM"], {"calls": 5, "pool": Pool(Limiter(rpm=5))}, "a pool has the limits of its mem"),
         ([], {"calls": 5, "concurrency": 2}, "what concurrency=2 allows depends on how long"),
         ([], {"calls": 5, "concurrency": "auto"}, "concurrency must be a whole number .* 'auto'"),
-        ([], {"calls": 5, "latency": -1}, "latency: expected a finite number from 0 on, not -1"),
-        ([], {"calls": 5, "tokens": True}, "tokens: expected a finite number from 0 on, not True"),
+        (
+            [],
+            {"calls": 5, "latency": -1},
+            "latency: expected a finite number of at least 0, not -1",
+        ),
+        (
+            [],
+            {"calls": 5, "tokens": True},
+            "tokens: expected a finite number of at least 0, not True",
+        ),
         ([], {"tokens": []}, "tokens has no samples"),
-        ([], {"tokens": [1, -2]}, "tokens, sample 2: expected a finite number from 0 on, not -2"),
+        (
+            [],
+            {"tokens": [1, -2]},
+            "tokens, sample 2: expected a finite number of at least 0, not -2",
+        ),
         ([], {"calls": 5, "arrivals": 8.0}, r"Poisson\(8\.0\), for so many calls a second, not 8"),
     ],
 )
@@ -224,8 +236,8 @@ def test_samples_are_used_once_each_or_drawn_with_replacement() -> None:
         ("\udc85", r"samples\.jsonl, line 3: not UTF-8 text at byte 0"),
         ('{"cost": 3}', r"tokens: .*samples\.jsonl, line 3: an object with cost gives no tokens"),
         ("{}", "an object with nothing gives no tokens"),
-        ("NaN", "line 3: expected a finite number from 0 on, not nan"),
-        ('{"tokens": "many"}', "line 3: expected a finite number from 0 on, not str"),
+        ("NaN", "line 3: expected a finite number of at least 0, not nan"),
+        ('{"tokens": "many"}', "line 3: expected a finite number of at least 0, not str"),
     ],
 )
 def test_bad_sample_is_refused_with_its_line_number_empty_ones_counted(

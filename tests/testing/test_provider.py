@@ -71,7 +71,7 @@ def test_stopped_provider_can_be_started_again() -> None:
         with provider:
             assert call(provider).status_code == 200
             assert repr(provider) == f"<RateLimitedProvider {provider.url}>"
-            with pytest.raises(RuntimeError, match=f"runs already, at {provider.url}"):
+            with pytest.raises(RuntimeError, match=f"already running, at {provider.url}"):
                 provider.start()
     assert provider.statistics().admitted == 2
 
