@@ -6,26 +6,14 @@ minutes of the clock) gives back later, and exceeds its limit by this. Four repl
 though they came at different levels or times, are a proof. Four that contradict it end it.
 """
 
-from dataclasses import dataclass
-from typing import Final, NamedTuple
+from dataclasses import dataclass, field
+from typing import Final
 
-#: So many replies in a row prove how the provider counts, or disprove it.
+#: So many replies in a row prove how the provider counts, or disprove it; so many are compared.
 _PROOF: Final = 4
+_COMPARED: Final = 24
 #: Replies agree if they differ by no more than this fraction (1/1,000) of the limit, or is rounded.
 _NOISE: Final = 1_000
-
-
-class _Run(NamedTuple):
-    """Replies in a row that agree on the size of a bucket (times the window)."""
-
-    #: Between what it is.
-    least: int
-    most: int
-    #: The lowest and the highest R; since when they agree, and how many they are.
-    lowest: int
-    highest: int
-    since: int
-    replies: int
 
 
 @dataclass(slots=True)
@@ -38,11 +26,12 @@ class Proof:
     #: How many units its bucket holds, or 0; and between what bounds (times the window) that lies.
     size: int = 0
     bounds: tuple[int, int] = 0, 0
-    #: How many replies said something of it, the latest that agree, and how many in a row contradict a
-    #: bucket: the proven one, or any.
+    #: How many replies said something of it, and how many in a row contradict a bucket: the proven
+    #: one, or any.
     heard: int = 0
-    run: _Run | None = None
     against: int = 0
+    #: The latest replies that agree: the bounds of a bucket's size, R, and when they came.
+    agreed: list[tuple[int, int, int, int]] = field(default_factory=list)
 
     def changes(
         self, left: int, full_in: tuple[int, int], now: int, rate: int, rounding: int
@@ -57,28 +46,27 @@ class Proof:
         least, most = self.bounds if self.size else (0, whole + whole // 10)
         is_against = low > most + noise or high + noise < least
         self.against = self.against + 1 if is_against else 0
-        run = self.run
-        if run is None or max(run.least, low) > min(run.most, high) + noise:
-            run = _Run(low, high, left, left, now, 0)
-        self.run = run = _Run(
-            max(run.least, low),
-            min(run.most, high),
-            min(run.lowest, left),
-            max(run.highest, left),
-            # A log that is full agrees at all times: all of it is back after a window.
-            run.since if span < self.window // 2 else now,
-            run.replies + 1,
-        )
-        before = self.kind, self.size
-        apart = max((run.highest - run.lowest) * self.window, (now - run.since) * rate)
-        self._judge(run, whole, noise, is_apart=apart > high - low + noise)
-        return before != (self.kind, self.size)
+        if (
+            span >= self.window // 2
+        ):  # a full log agrees at all times: all of it is back after a window
+            self.agreed = [(*each[:3], now) for each in self.agreed]
+        self.agreed = [*self.agreed[1 - _COMPARED :], (low, high, left, now)]
+        while (bounds := self._bounds())[0] > bounds[1] + noise:
+            del self.agreed[0]
+        lefts = [left for _, _, left, _ in self.agreed]
+        apart = max((max(lefts) - min(lefts)) * self.window, (now - self.agreed[0][3]) * rate)
+        return self._judges(bounds, whole + noise, is_apart=apart > high - low + noise)
 
-    def _judge(self, run: _Run, whole: int, noise: int, *, is_apart: bool) -> None:
+    def _bounds(self) -> tuple[int, int]:
+        return max(each[0] for each in self.agreed), min(each[1] for each in self.agreed)
+
+    def _judges(self, bounds: tuple[int, int], most: int, *, is_apart: bool) -> bool:
+        before = self.kind, self.size
         if self.against >= _PROOF and self.size:
             self.kind, self.size, self.against = None, 0, 0
-        if run.replies < _PROOF:
+        if len(self.agreed) < _PROOF:
             self.kind = "window" if self.against >= _PROOF else self.kind
-        elif is_apart and not self.size and run.least <= whole + noise:
-            self.kind, self.bounds = "bucket", (run.least, run.most)
-            self.size = max(1, -(-run.least // self.window))
+        elif is_apart and not self.size and bounds[0] <= most:
+            self.kind, self.bounds = "bucket", bounds
+            self.size = max(1, -(-bounds[0] // self.window))
+        return before != (self.kind, self.size)

@@ -1,37 +1,32 @@
 """How the provider counts one limit: an estimate that every reply corrects, and that admits calls.
 
 A limit says how much passes in a window, not how the provider counts it. Most count by a bucket: full
-at the beginning, refilled at the limit's rate, and perhaps much smaller than the limit. Others count
-by a log of the last minute, by minutes of the clock, or in slices of a second that nobody mentions.
-Whoever takes a full bucket for a window needs a minute for what would pass at once; whoever takes
-slices for a bucket is refused for ever. So wherever replies are seen, a `ProviderMeter` stands beside
-a limit's `Window`, and learns.
+at the beginning, and perhaps much smaller than the limit. Others count by a log of the last minute, by
+minutes of the clock, or in slices of a second that nobody mentions. Whoever takes a full bucket for a
+window waits a minute for nothing; whoever takes slices for a bucket is refused for ever. So wherever
+replies are seen, a `ProviderMeter` stands beside a limit's `Window`, and learns.
 
 *The backlog* is what we have sent and the provider has not given back yet, if it gives back at
-``rate``: what a bucket lacks because of us, whoever else is there. A call may pass if the backlog
-with it is at most ``size``. Two facts bound the size, and neither needs a header:
+``rate``: what a bucket lacks because of us. A call may pass if the backlog with it is at most
+``size``. Two facts bound the size, and neither needs a header:
 
 - accepted at a backlog V: the size is at least V. It grows by a third of V, up to a tenth of the limit
-  (a quarter for tokens), while nothing is proven, and at once to the size that is.
+  while nothing is proven, and at once to the size that is.
 - refused at a backlog V: the size is less than V, and becomes half of it. A larger one is tried
   again after two quiet windows, after the next wave of refusals four, and so on.
 
-A refusal at the smallest size means that the rate is too high. It is lowered by 5 percent; by 15 if
-others took what was left; and else by 30 once it is below three quarters of what the user told.
-While calls are accepted it rises again, half of the way to the rate that was refused, and never
-above what the user told.
-
-`asyncbucket.feedback.proof` finds out from replies whether the provider counts by a bucket. If so, the
-bucket is the law of this limit, in place of the window (`Window.give_way`): all that it holds at once,
-and never more.
+A refusal at the smallest size means that the rate is too high. It is lowered by a quarter, or by 5 percent if
+it is near what the user told; while calls are accepted, it comes back in small steps.
 
 *The start.* Before anything is known, a second's worth of the limit may pass at once, because the
 shortest slices that providers document are seconds; a burst that the user gave counts instead.
 
-`asyncbucket.feedback.remaining` holds calls back by what is left, where others use the same key.
+`asyncbucket.feedback.proof` finds out whether the provider counts by a bucket. If so, the bucket is the
+law of this limit in place of the window (`Window.give_way`). `asyncbucket.feedback.remaining` holds
+calls back by what is left, where others use the same key.
 """
 
-from typing import ClassVar, Final, NamedTuple
+from typing import ClassVar, Final
 
 from asyncbucket.engine.limits import Limit
 from asyncbucket.engine.meters import Meter
@@ -43,17 +38,13 @@ from asyncbucket.feedback.remaining import Remaining
 _LONG: Final = 120_000_000_000
 #: Before anything is known, as much as the rate brings in this time (ns) may pass at once.
 _START: Final = 1_000_000_000
-#: Without a proof the size grows up to this fraction (1/10) of the limit; if that is not paced, as
-#: those of tokens are not, up to a quarter.
+#: Without a proof the size grows up to this fraction (1/10) of the limit.
 _UNPROVEN: Final = 10
-_UNPACED: Final = 4
 #: A limit that is announced, and lower than what the user told, counts for so many windows.
 _MEMORY: Final = 2
-#: To how many percent a refusal lowers a rate that is near what was told, that failed because others
-#: took what was left, or else.
+#: To how many percent a refusal lowers a rate that is near what was told, or that is not.
 _NEAR: Final = 95
-_TAKEN: Final = 85
-_FAR: Final = 70
+_FAR: Final = 75
 #: So many instants of admission are remembered until their replies come.
 _REMEMBERED: Final = 4_096
 #: No more than this many calls are the smallest backlog, which is not halved.
@@ -62,8 +53,10 @@ _FEW: Final = 2
 _PATIENCE: Final = 64
 #: What a reply said no longer ago than this (ns) is what the refusal says that is looked at.
 _JUST_NOW: Final = 100_000_000
-#: A rate that was lowered must hold for this long (ns) before it is raised.
+#: A rate that was lowered must hold for this long (ns) before it rises by this fraction (1/8) of itself,
+#: or of what it lacks if that is less.
 _HOLD: Final = 5_000_000_000
+_STEP: Final = 8
 
 
 class ProviderMeter(Meter):
@@ -88,7 +81,8 @@ class ProviderMeter(Meter):
         #: The most backlog that a call may leave behind.
         self.size = told or max(1, limit.units * min(_START, self.window) // self.window)
         self._backlog = _Backlog(limit.window)
-        self._refused = _Refused()
+        #: Waves of refusals so far, when the latest came, and from when on the size may grow again.
+        self._waves, self._refused_at, self._grows_from = 0, -1, -1
         #: When the rate was changed last; when the latest report came, and what it said was left.
         self._rate_at, self._heard = -1, (-_JUST_NOW, 0)
         self._proof = Proof(limit.window)
@@ -137,8 +131,7 @@ class ProviderMeter(Meter):
     @property
     def _top(self) -> int:
         """The largest size that may be tried, as long as none was refused."""
-        part = _UNPACED if self.limit.burst is None else _UNPROVEN
-        return min(self._most, self._proof.size or max(1, self._limit // part))
+        return min(self._most, self._proof.size or max(1, self._limit // _UNPROVEN))
 
     @property
     def _limit(self) -> int:
@@ -157,24 +150,14 @@ class ProviderMeter(Meter):
     def accepted(self, when: int, now: int) -> None:
         """Take in that a call booked at ``when`` was accepted."""
         fits = self._backlog.sent.get(when)
-        if fits is None or when < self._refused.at or not self.is_paced:
+        if fits is None or when < self._refused_at or not self.is_paced:
             return
         self._leak(now)
-        if now - self._refused.at > self.window * min(_PATIENCE, 1 << self._refused.waves):
-            self._refused = self._refused._replace(size=0)  # try again
-        if not self._refused.size:
+        if now > self._grows_from:
             grown = self._top if self.proven else fits + fits // 3 + 1
             self.size = max(self.size, min(grown, self._top))
-        if self.rate < self._limit:
-            self._try_faster(now)
-
-    def _try_faster(self, now: int) -> None:
-        """Raise a rate that was lowered, if it has held for long enough."""
-        held = now - max(self._refused.at, self._rate_at)
-        refused = 0 if held > self.window else self._refused.rate
-        if held > _HOLD:
-            step = (min(refused or self._limit, self.rate * 3 // 2) - self.rate) // 2
-            self.rate += step or not refused
+        if self.rate < self._limit and now - self._rate_at > _HOLD:
+            self.rate += min(self._limit - self.rate, self.rate) // _STEP + 1
             self._rate_at = now
 
     def has_room(self, amount: int, now: int) -> bool | None:
@@ -187,28 +170,25 @@ class ProviderMeter(Meter):
 
         Return whether that is the first refusal of a wave: later ones were sent before it came.
         """
-        backlog, last = self._backlog.sent.get(when), self._refused
+        backlog = self._backlog.sent.get(when)
         if backlog is None or not self.is_paced:
             return False
-        is_new_wave, size, rate = when >= last.at, last.size, last.rate
         self._leak(now)
         self._backlog.sent[when] -= amount
+        if when < self._refused_at:
+            return False
+        self._refused_at = self._rate_at = now
+        self._waves += 1
         if backlog > _FEW * amount:
-            if is_new_wave or backlog < size:
-                size, self.size = backlog, max(1, min(self.size, backlog // 2))
-        elif is_new_wave:
-            # If less than it costs was left, others took it, and the rate may be right again soon.
-            is_others = self.has_room(amount, now) is False
+            self.size = max(1, min(self.size, backlog // 2))
+        else:
             is_near = self.rate * 4 > self._limit * 3
-            kept = _NEAR if is_near else _TAKEN if is_others else _FAR
-            rate, self.rate = 0 if is_others else self.rate, max(1, self.rate * kept // 100)
-            self._rate_at = now
+            self.rate = max(1, self.rate * (_NEAR if is_near else _FAR) // 100)
             self.size = max(1, self.size // 2)
-        at, waves = (now, last.waves + 1) if is_new_wave else (last.at, last.waves)
-        self._refused = _Refused(at, size, rate, waves)
-        if is_new_wave and self.kind is None:
-            self._believed = now, waves
-        return is_new_wave
+        self._grows_from = now + self.window * min(_PATIENCE, 1 << self._waves)
+        if self.kind is None:
+            self._believed = now, self._waves
+        return True
 
     # --- what replies say ---
 
@@ -251,7 +231,7 @@ class ProviderMeter(Meter):
         self._heard = now, left
         if limit is not None and limit != self.announced:
             self.rate, self.announced = max(1, min(self.rate, limit)), limit
-            self._proof.run = None
+            self._proof.agreed.clear()
         is_news = full_in is not None and self._proof.changes(
             left, full_in, now, self.announced, rounding
         )
@@ -269,7 +249,7 @@ class ProviderMeter(Meter):
     @property
     def belief(self) -> Belief | None:
         """What is believed of how the provider counts; None as long as nothing was learned."""
-        if self.kind is None and not self._refused.waves:
+        if self.kind is None and not self._waves:
             return None
         return Belief(
             kind=self.kind,
@@ -312,13 +292,3 @@ class _Backlog:
     def earliest(self, level: int, rate: int) -> int:
         """Return when it has leaked down to so many units."""
         return self._at - -max(0, self._units - level * self._window) // rate
-
-
-class _Refused(NamedTuple):
-    """The latest wave of refusals: when it came, the size and the rate that were refused, or 0."""
-
-    at: int = -1
-    size: int = 0
-    rate: int = 0
-    #: How many waves there were.
-    waves: int = 0

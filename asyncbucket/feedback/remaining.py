@@ -3,24 +3,19 @@
 Only the provider knows what others spend. `Remaining` keeps what its replies say between them: our
 own bookings lower it, time raises it, the next reply corrects it.
 
-*The level.* A reply arrives late: what we sent after the call that it answers may be in its number
-or not. And the number may be rounded down. So a reply names an interval; what we expected is moved
-into it, no further. While we are alone, the expectation lies inside, and nothing happens. If less
-came back than the limit would bring (`_missing`, a low-pass filter over a quarter of the window),
-less is expected. This is the integral part of a controller whose proportional part is the level.
+*The level.* A reply arrives late: what we sent after the call that it answers may be in its number or
+not, and the number may be rounded down. So a reply names an interval, and what we expected is moved
+into it, no further. If less came back than the limit would bring (`_missing`, a low-pass filter over a
+quarter of the window), less is expected from then on: the integral part of a controller.
 
-*The reserve.* A bucket refills steadily. So if it is known to be one, two of the largest bursts of
-others stay untouched, and all else is ours. But in a log of the last minute, or a minute of the
-clock, nothing comes back for a long time, and whoever takes all that is left leaves nothing to
-others until then. So `Others` estimates what they take of a whole window, and in every window we
-take the rest, evenly. Whichever way it is counted, others have taken at least (1) what is used
-beyond what we booked in the last window, and (2) if nothing came back, the amount by which less is
-left than at some earlier moment, beyond our bookings since. The larger of these is exact for a log
-and for minutes of the clock. On top there is a margin for chance: the number of calls that come
-independently has a variance equal to its mean.
-
-Others take no more than what is missing: a provider's bucket may be smaller than the limit that it
-announces, and what nobody took never comes back.
+*The reserve.* A bucket refills steadily. If it is known to be one, two of the largest bursts of others
+stay untouched, and all else is ours. But to a log of the last minute, or a minute of the clock, nothing
+comes back for a long time, and whoever takes all that is left leaves nothing to others. So `Others`
+estimates what they take of a whole window, and we take the rest evenly. However it is counted, they
+took at least (1) what is used beyond what we booked in the last window, and (2) if nothing came back,
+the amount by which less is left than at some earlier moment, beyond our bookings since. The larger is
+exact for a log and for minutes of the clock, but no more than what is missing, because a bucket may be
+smaller than its limit. A margin is for chance: the variance of independent calls is their mean.
 
 If no reply comes for two windows, everything is forgotten. So no header holds a call up for longer.
 The constants were found by simulating buckets, logs and minutes of the clock, with others at 0 to 60 %.
@@ -192,7 +187,7 @@ class Remaining:
         reserve = self.others.reserve(amount)
         if self._reported_left >= reserve + self.amount:  # there is enough for all
             return 0
-        return max(0, min(reserve, self.amount - max(amount, self.amount // _LEAST)))
+        return max(0, min(reserve, self.amount - amount))
 
 
 class Others:
