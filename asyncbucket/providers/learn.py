@@ -64,9 +64,12 @@ _COUNT: Final = re.compile(rb"[ \t]*([0-9]{1,12})[ \t]*")
 _FIRST_PAUSE: Final = 1.0
 _MAX_PAUSE: Final = 120.0
 #: A refusal that names no time counts if a third of the latest replies are refusals, too: of the last
-#: eight, or, if headers show room for the call, of as many as are in flight. So many are remembered.
+#: eight, or, if headers show room for the call, of as many as are in flight; or else a sixth of the last
+#: 32: a limit a little lower than ours refuses no more. So many are remembered.
 _PART: Final = 3
 _LATEST: Final = 8
+_LONG_PART: Final = 6
+_LONG: Final = 32
 _REMEMBERED: Final = 1_024
 #: What a refusal is: of no rate or an accident, the first of a wave, or a later one of it.
 Effect: TypeAlias = Literal["none", "first", "later"]
@@ -304,7 +307,8 @@ class Refusals:
         with self._lock:
             self._remember(0)
             if not self.latest or self._is_over(self.limiter.now(), sent_at):
-                self._waves = 0
+                # What was refused for a reason that has passed makes no run with what is refused later.
+                self.latest, self._waves = 0 if self._waves else self.latest, 0
             elif self._waves and sent_at is not None and sent_at > self._first_at:
                 self._waves, self._first_at = 1, self._latest_at
 
@@ -342,9 +346,12 @@ class Refusals:
         asked = verdict.retry_after
         with self._lock:
             self._remember(1)
-            latest = max(_LATEST, in_flight)
-            refusals = (self.latest & (1 << latest) - 1).bit_count()
-            is_run = asked is not None or verdict.pause != "429" or refusals * _PART >= latest
+            is_run = (
+                asked is not None
+                or verdict.pause != "429"
+                or self._are_part(_PART, of=max(_LATEST, in_flight))
+                or (not in_flight and self._are_part(_LONG_PART, of=_LONG))
+            )
             now = self.limiter.now()
             new_wave = self._is_over(now, sent_at) and is_run
             if new_wave:
@@ -367,6 +374,10 @@ class Refusals:
         if verdict.pause != "429" or not is_run:
             return "none"
         return "first" if new_wave else "later"
+
+    def _are_part(self, part: int, *, of: int) -> bool:
+        """Tell whether refusals are a third, or what ``part`` says, ``of`` so many latest replies."""
+        return (self.latest & (1 << of) - 1).bit_count() * part >= of
 
     def _remember(self, refusal: int) -> None:
         self.latest = (self.latest << 1 | refusal) & (1 << _REMEMBERED) - 1

@@ -147,6 +147,18 @@ def test_accidents_though_headers_show_room_pause_nobody_unless_they_are_a_good_
     assert limiter.statistics().paused == 1
 
 
+@pytest.mark.parametrize(("between", "counts"), [(5, 6), (6, None)])
+def test_a_sixth_of_many_replies_that_are_refused_are_no_accidents(
+    limiter: Limiter, between: int, counts: int | None
+) -> None:
+    refusals, effects = Refusals.of(limiter), list[str]()
+    for _ in range(8):
+        effects.append(refusals.take_in(judge_reply(429, None, {})))
+        for _ in range(between):
+            refusals.succeeded()
+    assert effects == ["none"] * 8 if counts is None else effects.index("first") == counts - 1
+
+
 def test_success_between_two_waves_ends_their_series(limiter: Limiter, clock: VirtualClock) -> None:
     refusals = Refusals.of(limiter)
     have_two_accidents(refusals)
@@ -172,6 +184,7 @@ def test_pause_doubles_with_each_wave_until_success(limiter: Limiter, clock: Vir
         clock.advance(pauses[-1])
     assert pauses == pytest.approx([1, 2, 4, 8, 16, 32, 64, 120, 120])
     refusals.succeeded()
+    have_two_accidents(refusals)
     take_in(refusals)
     assert limiter.statistics().paused == 1
     for _ in range(7):
