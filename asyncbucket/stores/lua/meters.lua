@@ -214,17 +214,11 @@ local function bucket_add(b, cost, when, shift)
   end
 end
 
+-- Take `amount`; what is above the burst has flowed in before, unless it is a debt that has not earned it.
 local function bucket_book(m, amount, when)
-  local cost = amount * m.p
-  bucket_add(m.w.b, cost, when, math.max(0, cost - m.burst * m.p))
-end
-
-local function bucket_owe(m, amount, when)
-  if bucket_backlog(m.w.b, when) + (amount - m.burst) * m.p <= 0 then
-    bucket_book(m, amount, when)
-  else
-    bucket_add(m.w.b, amount * m.p, when, 0)
-  end
+  local over = (amount - m.burst) * m.p
+  local is_earned = bucket_backlog(m.w.b, when) + over <= 0
+  bucket_add(m.w.b, amount * m.p, when, is_earned and math.max(0, over) or 0)
 end
 
 -- Give back at most the lowest backlog since `when`: what flowed into a full bucket is lost.
@@ -268,21 +262,17 @@ local function meter_earliest(m, amount, since)
   return m.w.b and math.max(first, bucket_earliest(m, amount, since)) or first
 end
 
-local function meter_book(m, amount, when)
-  if m.w.b then
-    bucket_book(m, amount, when)
-  end
-  window_book(m, amount, when)
-end
-
 -- Pace what comes by a bucket that holds the limit, until it has paid a debt of `amount`.
 local function meter_repay(m, amount, when)
   window_forget(m, when)
   local w = m.w
+  if w.used <= m.amount then
+    return
+  end
   local spared = math.max(0, w.used - amount - m.amount) -- booked while the limit was higher
   local function owe(date, units)
     w.b = w.b or bucket_new(m, date) -- no time before has earned anything
-    bucket_owe(m, math.max(0, units - spared), date)
+    bucket_book(m, math.max(0, units - spared), date)
     spared = math.max(0, spared - units)
   end
   for i = w.head, w.tail - 1 do
@@ -291,9 +281,10 @@ local function meter_repay(m, amount, when)
   owe(w.last, w.recent)
 end
 
-local function meter_owe(m, amount, when)
+-- Take `amount`, of a call that may pass, or owed.
+local function meter_book(m, amount, when)
   if m.w.b then
-    bucket_owe(m, amount, when)
+    bucket_book(m, amount, when)
   end
   window_book(m, amount, when)
   if m.p and not m.w.b and m.w.used > m.amount then
@@ -307,7 +298,7 @@ local function meter_fill(m, amount, when, date)
   if b then
     local room = math.floor((m.burst * m.p - math.max(0, bucket_backlog(b, date))) / m.p)
     if room > 0 then
-      bucket_owe(m, math.min(amount, room), date)
+      bucket_book(m, math.min(amount, room), date)
     end
   end
   amount = math.min(amount, m.amount - w.used)

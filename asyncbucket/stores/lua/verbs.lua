@@ -14,7 +14,7 @@ local function correct(corrections)
       elseif more > 0 and is_dated then
         meter_fill(m, more, start, date)
       elseif more > 0 then
-        meter_owe(m, more, date)
+        meter_book(m, more, date)
       end
     end
   end
