@@ -57,7 +57,7 @@ async def test_login_with_least_rights_is_enough(
     await use(open_store(f"redis://app:s3cret@{where}"))
     await use(open_store(f"valkey://app:s3cret@{where}"), "another place")
     async with contextlib.aclosing(open_store(f"redis://app:wr0ng@{where}")) as wrong:
-        with pytest.raises(StoreError, match=r"refuses the login.*look at user") as error:
+        with pytest.raises(StoreError, match=r"refuses the login.*check the user") as error:
             await wrong.open("place", terms("1/s"))
         assert "wr0ng" not in str(error.value)
 
@@ -77,7 +77,7 @@ async def test_login_without_needed_right_is_refused_on_opening(
     server = start_server("--user", "app", "on", ">s3cret", *rules.split())
     store = open_store(f"redis://app:s3cret@127.0.0.1:{server.port}/0")
     with pytest.raises(
-        StoreError, match=r"refuses the login: .* permissions? .*the docs. ACL"
+        StoreError, match=r"refuses the login: .* permissions? .*the ACL in the docs"
     ) as error:
         await store.open("place", terms("1/s"))
     assert "user_script" not in str(error.value)
@@ -125,7 +125,10 @@ async def test_limiters_spread_over_all_nodes_of_cluster(
     ("error", "told"),
     [
         (ReadOnlyError("no"), "is a replica: no; give the primary's address"),
-        (AuthenticationError("no"), "refuses the login: no; look at user and password in its URL"),
+        (
+            AuthenticationError("no"),
+            "refuses the login: no; check the user and password in its URL",
+        ),
         (ResponseError("BUSY running"), "failed: BUSY running"),
     ],
 )
