@@ -65,7 +65,7 @@ MEASURED = os.environ.get("MEASURED", "").split()
 
 async def until(is_so: Callable[[], object]) -> None:
     """Wait until something is so that no event tells of: in another thread, or in a server."""
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(90):  # many times what it takes, on a busy machine too
         while not is_so():  # noqa: ASYNC110 - there is nothing to await
             await asyncio.sleep(0.001)
 

@@ -244,7 +244,8 @@ async def test_unreachable_server_fails_first_calls_with_store_error(limited: Li
             errors = await asyncio.gather(*calls, return_exceptions=True)
         assert {type(error) for error in errors} == {StoreError}
         assert re.search(
-            r"\*\*\*@127\.0\.0\.1:1/0 cannot be reached: .*; see whether it runs", str(errors[0])
+            r"\*\*\*@127\.0\.0\.1:1/0 cannot be reached: .*; check that it is running",
+            str(errors[0]),
         )
         assert "s3cret" not in str(errors)
 
