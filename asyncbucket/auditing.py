@@ -26,7 +26,7 @@ import sys
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -278,28 +278,26 @@ def _with_context(original: Any) -> Any:
     return submit
 
 
-@contextlib.contextmanager
-def _noting(url: Any) -> Generator[None]:
-    """Note a call to ``url``, which explains the name look-ups within the block."""
-    for seen in _ON:
-        seen.note(url)
-    _WATCHED.set(True)
-    try:
-        yield
-    finally:
-        _WATCHED.set(False)
-
-
 def _watched(url_of: Callable[..., Any], original: Any) -> Any:
     """Return what sends a call, watched; ``url_of`` returns the URL of its arguments."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        with _noting(url_of(*args, **kwargs)):
+        for seen in _ON:
+            seen.note(url_of(*args, **kwargs))
+        _WATCHED.set(True)
+        try:
             return original(*args, **kwargs)
+        finally:
+            _WATCHED.set(False)
 
     async def call_async(*args: Any, **kwargs: Any) -> Any:
-        with _noting(url_of(*args, **kwargs)):
+        for seen in _ON:
+            seen.note(url_of(*args, **kwargs))
+        _WATCHED.set(True)
+        try:
             return await original(*args, **kwargs)
+        finally:
+            _WATCHED.set(False)
 
     return call_async if inspect.iscoroutinefunction(original) else call
 
@@ -307,6 +305,10 @@ def _watched(url_of: Callable[..., Any], original: Any) -> Any:
 class _Url(NamedTuple):
     host: str
     path: str
+
+
+def _of_httpx(_: Any, request: Any) -> Any:
+    return request.url
 
 
 def _of_urllib3(pool: Any, method: str, url: str, *_: Any, **__: Any) -> _Url:  # noqa: ARG001
@@ -317,7 +319,7 @@ def _of_aiohttp(session: Any, _: str, str_or_url: Any, **__: Any) -> Any:
     return session._build_url(str_or_url)  # noqa: SLF001 - with the session's base URL
 
 
-_HTTPX: Final = functools.partial(_watched, lambda _, request: request.url)
+_HTTPX: Final = functools.partial(_watched, _of_httpx)
 _AIOHTTP: Final = functools.partial(_watched, _of_aiohttp)
 _URLLIB3: Final = functools.partial(_watched, _of_urllib3)
 #: What is replaced: module, method, and by what.

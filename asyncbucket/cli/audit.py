@@ -61,9 +61,13 @@ def audit(
     raise typer.Exit(UNPACED if seen.unpaced else status)
 
 
+def _leave(*_: object) -> None:
+    """Leave Ctrl-C to the program, which gets it, too."""
+
+
 def _run(command: list[str], environ: dict[str, str]) -> int:
     """Run ``command`` to its end, which Ctrl-C asks it for, and return its exit status."""
-    signal.signal(signal.SIGINT, lambda *_: None)  # the program gets it, too
+    signal.signal(signal.SIGINT, _leave)
     try:
         status = subprocess.run(command, env=environ, check=False).returncode  # noqa: S603
     except OSError as error:
