@@ -170,7 +170,11 @@ def test_proven_bucket_is_used_whole_and_no_more() -> None:
         assert now < 12
         now += 1
     assert (requests.proven, passing(requests, now)) == (600, 0)
-    assert passing(requests, now + 10 * SECOND) == 100
+    later = now + 10 * SECOND
+    assert passing(requests, later) == 100
+    requests.refused(1, later, later + 1)  # others have taken it
+    belief = requests.belief
+    assert (belief and belief.kind, belief and belief.size) == ("bucket", 600)
 
 
 def test_contradicted_proof_is_given_up_and_another_limit_is_followed() -> None:
