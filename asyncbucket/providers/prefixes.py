@@ -34,7 +34,7 @@ import marshal
 import math
 import os
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cached_property
@@ -169,26 +169,7 @@ def cuts_of(body: Mapping[str, Any], site: str) -> list[Cut]:
     Python's own hash is keyed, takes a fifth of what SHA-256 does, and has 64 bits: enough, since
     nobody gains by a collision, whose price is one wrong estimate.
     """
-    digest, size = hash((_SECRET, site)), 0
-    cuts: list[Cut] = []
-    for head, piece, ttl in _pieces(body):
-        if piece:
-            data = piece if isinstance(piece, str) else _dumps(piece)
-            digest, size = hash((digest, head, data)), size + len(data)
-        if ttl is None:
-            continue
-        if not cuts or cuts[-1].size != size:
-            cuts.append(Cut(digest, size, ttl))
-        elif ttl:
-            cuts[-1] = cuts[-1]._replace(ttl=ttl)
-    return cuts
-
-
-def _pieces(body: Mapping[str, Any]) -> Iterator[tuple[str | bytes, Any, float | None]]:
-    """Yield the pieces of a body in the order in which they are cached: whose it is, and what.
-
-    Where the body may be cut, the third is for how long (s) it asks to cache what comes before, or 0.
-    """
+    digest, size, cuts = hash((_SECRET, site)), 0, list[Cut]()
     for name in _ORDER:
         items = body.get(name)
         if isinstance(items, dict):  # Bedrock's tools, Gemini's system
@@ -199,11 +180,24 @@ def _pieces(body: Mapping[str, Any]) -> Iterator[tuple[str | bytes, Any, float |
             content = (item.get("content") or item.get("parts")) if isinstance(item, dict) else None
             head, blocks = _head_of(item) if content else "", content or item
             for block in blocks if isinstance(blocks, list) else (blocks,):
-                yield head, *_plain(block)
+                data, ttl = (block, 0.0) if isinstance(block, str) else _plain(block)
+                if data:
+                    digest, size = hash((digest, head, data)), size + len(data)
+                if ttl:
+                    _cut(cuts, digest, size, ttl)
             if content:
-                yield "", None, _ttl_of(item) if "cache_control" in item else 0.0
-        yield "", None, 0.0
-    yield "", None, _ttl_of(body)
+                _cut(cuts, digest, size, _ttl_of(item) if "cache_control" in item else 0.0)
+        _cut(cuts, digest, size, 0.0)
+    _cut(cuts, digest, size, _ttl_of(body))
+    return cuts
+
+
+def _cut(cuts: list[Cut], digest: int, size: int, ttl: float) -> None:
+    """Add a cut, unless it is there already; that one may ask for more now."""
+    if not cuts or cuts[-1].size != size:
+        cuts.append(Cut(digest, size, ttl))
+    elif ttl:
+        cuts[-1] = Cut(digest, size, ttl)
 
 
 def _head_of(message: Mapping[str, Any]) -> str | bytes:
@@ -214,19 +208,16 @@ def _head_of(message: Mapping[str, Any]) -> str | bytes:
     return rest[0][1] if len(rest) == 1 and isinstance(rest[0][1], str) else _dumps(rest)
 
 
-def _plain(block: Any) -> tuple[Any, float | None]:
-    """Return a block without what asks to cache it, and for how long (s) that asks, if at all.
-
-    A text, which may also stand by itself, is returned as such.
-    """
-    if not isinstance(block, dict):
-        return block, None
-    ttl = None
-    if "cache_control" in block or "cachePoint" in block:
-        ttl = _ttl_of(block) or None
-        block = {name: part for name, part in block.items() if name not in _ASKS}
-    is_text = len(block) == 2 and block.get("type") == "text"  # noqa: PLR2004
-    return block.get("text") if is_text else block, ttl
+def _plain(block: Any) -> tuple[str | bytes, float]:
+    """Return a block without what asks to cache it, and for how long (s) that asks; 0 if it does not."""
+    ttl = 0.0
+    if isinstance(block, dict):
+        if "cache_control" in block or "cachePoint" in block:
+            ttl = _ttl_of(block)
+            block = {name: part for name, part in block.items() if name not in _ASKS}
+        if len(block) == 2 and block.get("type") == "text":  # noqa: PLR2004
+            block = block.get("text")
+    return block if isinstance(block, str) else _dumps(block) if block else b"", ttl
 
 
 def _ttl_of(holder: Any) -> float:
