@@ -137,7 +137,8 @@ class LoopDispatcher(Dispatcher):
             self._wake()
         else:
             try:
-                self.loop.call_soon_threadsafe(self._wake, context=self._context)
+                # No task: this may be the last iteration of a loop that is about to be closed.
+                self.loop.call_soon_threadsafe(self._tick, context=self._context)
             except RuntimeError:  # it is closed
                 self._rung = False
                 return False
