@@ -140,9 +140,9 @@ def capped() -> set[str]:
 def count_unpriced_call() -> None:
     """Tell the budgets around this code of a call that is refused because nobody knows its price."""
     context = inherited.get()
-    for each in () if context is None else context.payers:
-        if isinstance(each, Budget):
-            each.cannot_price()
+    payers = () if context is None else context.payers
+    for each in [payer for payer in payers if isinstance(payer, Budget)]:
+        each.cannot_price()
 
 
 def is_in_shadow(limiter: Limiter) -> bool:

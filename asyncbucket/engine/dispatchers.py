@@ -312,10 +312,9 @@ def unpark(dispatcher: Dispatcher) -> None:
     """Put parked calls back in their places."""
     dispatcher.is_late = False
     parked, dispatcher.parked = dispatcher.parked, []
-    for line in dict.fromkeys(line for line, _ in parked):
+    for line in dict.fromkeys(line for line, _ in parked if line.living):  # else all have given up
         line.refill([*(waiter for each, waiter in parked if each is line), *line.calls])
-        if line.living:  # else all have given up
-            line.arrive()
+        line.arrive()
 
 
 def discard_closed(pacer: Any) -> bool:

@@ -46,9 +46,7 @@ class Proof:
         least, most = self.bounds if self.size else (0, whole + whole // 10)
         is_against = low > most + noise or high + noise < least
         self.against = self.against + 1 if is_against else 0
-        if (
-            span >= self.window // 2
-        ):  # a full log agrees at all times: all of it is back after a window
+        if span >= self.window // 2:  # as a full log does at any time: all is back after a window
             self.agreed = [(*each[:3], now) for each in self.agreed]
         self.agreed = [*self.agreed[1 - _COMPARED :], (low, high, left, now)]
         while (bounds := self._bounds())[0] > bounds[1] + noise:
