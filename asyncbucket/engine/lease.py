@@ -447,10 +447,8 @@ class Lease(OfThisProcess):
 
     def _settle_locked(self, used: dict[str, int]) -> None:
         """Correct the meters to ``used``, and admit calls that fit into what comes back."""
-        if (
-            self._dispatcher.dispatch is None
-        ):  # never admitted, or a parent process's, counted there
-            return
+        if self._dispatcher.dispatch is None:
+            return  # it was never admitted, or in a parent process, and is counted there
         node, booked, reported = self._node, self._booked(), self._parts or {}
         pacer: Pacer = node.pacer
         if "tokens" not in used and not used.keys().isdisjoint(PARTS_OF_TOKENS):

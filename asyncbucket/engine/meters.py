@@ -324,8 +324,7 @@ class Window(Meter):
             self._calendar, self._opened = limit.calendar, NEVER
             self._dates, self._units, self._closed = _NOTHING, _NOTHING, 0
             self._closes = now
-        rate = Fraction(limit.units * 1_000_000_000, limit.window)
-        burst = limit.units if limit.burst_units is None else limit.burst_units
+        rate, burst = self._rate, limit.units if limit.burst_units is None else limit.burst_units
         may_owe = limit.calendar is None and self.pace is not None
         if burst == limit.units and not may_owe:
             self.pace = None
@@ -393,16 +392,17 @@ class Window(Meter):
         """
         self.forget(when)
         spared = max(0, self.used - amount - self.amount)  # booked while the limit was higher
-        self.pace, self.free = self._whole_bucket(), 0
+        self.pace, self.free = Bucket(rate=self._rate, burst=self.amount), 0
         entries = self.entries()
         self.pace.tat = entries[0][0] * self.pace.q  # no time before has earned anything
         for date, units in entries:
             self.pace.owe(max(0, units - spared), date)
             spared = max(0, spared - units)
 
-    def _whole_bucket(self) -> Bucket:
-        rate = Fraction(self.amount * 1_000_000_000, self.window)
-        return Bucket(rate=rate, burst=self.amount)
+    @property
+    def _rate(self) -> Fraction:
+        """Units a second."""
+        return Fraction(self.amount * 1_000_000_000, self.window)
 
     def fill(self, amount: int, when: int, now: int) -> None:
         """Owe what was taken at ``when``, as far as it fits; the pace owes it from ``now`` on."""
@@ -459,7 +459,7 @@ class Window(Meter):
         self.free = 0
         self._closed = sum(self._units)
         if pace is not None:
-            self.pace = self.pace or self._whole_bucket()
+            self.pace = self.pace or Bucket(rate=self._rate, burst=self.amount)
             self.pace.restore(pace)
 
     def lent(self, calls: int) -> int:

@@ -306,10 +306,8 @@ class Pacer:
     def withdraw_locked(self, waiter: AnyWaiter) -> None:
         """Take a call that gives up out of the line, or give back what it was just handed."""
         dispatcher, node, now = waiter.dispatcher, waiter.line.node, self.clock()
-        if (
-            dispatcher.dispatch is None and dispatcher is not NOWHERE
-        ):  # it waited in the parent process
-            return
+        if dispatcher.dispatch is None and dispatcher is not NOWHERE:
+            return  # it waited in the parent process
         for each in (node.common or node).path:
             each.cancelled += 1
         if self.observed:
@@ -346,13 +344,12 @@ class Pacer:
             self._fail(waiter, error)
 
     def _fail(self, waiter: AnyWaiter, error: AsyncBucketError) -> None:
-        if (
-            not waiter.done() and waiter.dispatcher is not NOWHERE
-        ):  # else its loop was closed just now
-            waiter.set_exception(error)
-            dispatcher, now = waiter.dispatcher, self.clock()
-            self.gone_locked(waiter, now)
-            dispatcher.ring(now)
+        if waiter.done() or waiter.dispatcher is NOWHERE:
+            return  # it has passed, or its loop was closed just now
+        waiter.set_exception(error)
+        dispatcher, now = waiter.dispatcher, self.clock()
+        self.gone_locked(waiter, now)
+        dispatcher.ring(now)
 
     def is_free_locked(self, node: Node, now: int) -> bool:
         """Tell whether a newcomer at ``node`` would overtake nobody that may go now or next."""

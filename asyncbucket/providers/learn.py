@@ -306,9 +306,10 @@ class Refusals:
         """End a series of waves, unless the call was sent before the latest wave came."""
         with self._lock:
             self._remember(0)
-            if not self.latest or self._is_over(self.limiter.now(), sent_at):
-                # What was refused for a reason that has passed makes no run with what is refused later.
-                self.latest, self._waves = 0 if self._waves else self.latest, 0
+            if not self.latest:
+                self._waves = 0
+            elif self._waves and self._is_over(self.limiter.now(), sent_at):
+                self.latest = self._waves = 0  # its reason has passed: no run with what comes later
             elif self._waves and sent_at is not None and sent_at > self._first_at:
                 self._waves, self._first_at = 1, self._latest_at
 

@@ -278,11 +278,7 @@ class StorePlace(Place):
         with pacer.lock:
             yield
         pacer.catch_up(tell=False)
-        loops = (
-            [dispatcher.loop for dispatcher in list(pacer.dispatchers.values())]
-            if pacer.news
-            else []
-        )
+        loops = [each.loop for each in list(pacer.dispatchers.values())] if pacer.news else []
         running = [loop for loop in loops if loop is not None and loop.is_running()]
         here = asyncio._get_running_loop()  # noqa: SLF001 - None in a plain thread
         if running and here not in running:

@@ -437,7 +437,7 @@ class Session:
                 return
 
     def _admit_alone(self, heads: Sequence[Any]) -> int:
-        """Admit calls that the policy allows without the store; return when to dispatch again."""
+        """Admit calls that the policy allows without the store; return when to try again."""
         now: int = self._clock()
         when = now
         with self._place.lock():
