@@ -266,17 +266,19 @@ def end_failed(
     unsent: bool,
     sent: Sent | None = None,
     limiter: Limiter | None = None,
+    learns: bool = True,
 ) -> None:
     """End a call's lease after ``error``: nothing is charged for what is known to be ``unsent``.
 
-    A refusal by the provider of ``limiter`` is taken in, unless it was by a transport beneath.
+    A refusal by the provider of ``limiter`` is taken in, unless it was by a transport beneath; its
+    limits learn from it if ``learns`` says so.
     """
     if unsent:
         undo(lease)
     try:
         verdict = classify(error)
         if sent is not None and limiter is not None and sent.paused is None:
-            take_refusal(lease, verdict, sent, provider_of(limiter))
+            take_refusal(lease, verdict, sent, provider_of(limiter), learns=learns)
         end_refused(lease, verdict)
     finally:  # to look at an error may raise another
         lease.release()

@@ -170,7 +170,7 @@ async def through_a_model() -> AsyncGenerator[None]:
         (partial(after_a_wait, of_child=True), 140, 9),
         (at_a_pool, 260, 10),
         pytest.param(through_http, 130, 15, marks=needs("stamina")),
-        pytest.param(through_a_model, 110, 15, marks=needs("llama_index")),
+        pytest.param(through_a_model, 150, 18, marks=needs("llama_index")),
     ],
     ids=["idle", "settled", "contended", "contended child", "contended pool", "HTTP", "LlamaIndex"],
 )

@@ -43,6 +43,8 @@ _BLOCKS: Final = (
 )
 #: How many calls of a limiter are watched for calls inside that wait for their slot.
 _EARLY: Final = 1_000
+#: How long (ns) after its admission a call leaves that is dated anew.
+_REDATE_AFTER: Final = 2_000_000
 _NESTED: Final = (
     "this task holds the only slot of {!r} and waits for it here: release the first lease before this "
     "call, give the calls inside a limiter of their own, or raise concurrency"
@@ -530,12 +532,15 @@ class Lease(OfThisProcess):
         """Date the cost to now, because the call leaves only now.
 
         A client may work for a while between the admission and sending the request, and a provider
-        counts from its arrival. Dating the booking likewise keeps windows true.
+        counts from its arrival. Dating the booking likewise keeps windows true. Two milliseconds
+        are not worth it.
         """
         node = self._node
         pacer: Pacer = node.pacer
         with pacer:
             now = pacer.clock()
+            if now - self._when < _REDATE_AFTER:
+                return
             settled = self._parts or {}
             for meter, resource in self._meters:
                 reserved = [(self._amounts.get(resource, 0), self._when, self._meters)]

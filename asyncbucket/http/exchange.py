@@ -33,10 +33,6 @@ from asyncbucket.providers.usage import Usage, find_usage, is_complete, unpacked
 from asyncbucket.waiting import ASYNC, IO
 
 FAMILIES: Final = ("httpx", "httpx2")
-#: If calls wait, many leave at once: calls this close together (s) may arrive in another order.
-_REORDERING_LAG: Final = 0.2
-#: A request that leaves this long (s) after its admission is dated anew: connecting takes time.
-_REDATE_AFTER: Final = 0.002
 #: How long (s) a refusal's body may take after its headers; twice that if a thread reads it.
 _LONGEST_REFUSAL: Final = 5.0
 #: How much of a reply's end is kept, in bytes: more than what follows the usage.
@@ -77,18 +73,16 @@ class Exchange:
 
     def request_sent(self) -> None:
         """Note that the request leaves only now."""
-        now = self._read.lane.limiter.now()
-        if now - self._sent_at > _REDATE_AFTER:
-            self._sent_at = self._noted.at = now
-            sent(self._lease)
+        self._sent_at = self._noted.at = self._read.lane.limiter.now()
+        sent(self._lease)
 
     async def replied(self, reply: Any, request: Any, io: IO) -> Verdict | None:
         """Take in a reply to ``request``; return what it means if its status is an error."""
         read, headers = self._read, self._provider.headers
         ok = reply.status_code < FIRST_ERROR
         if read.teaches and (not ok or headers.is_due(self._sent_at)):
-            since = self._sent_at - (_REORDERING_LAG if self._lease.waited else 0.0)
-            headers.read(reply.headers, self._profile, since=since)
+            waited = self._lease.waited > 0
+            headers.read(reply.headers, self._profile, since=self._sent_at, waited=waited)
         if not ok:
             return await self._refused(reply, request, io)
         if self._provider.refusals.latest:

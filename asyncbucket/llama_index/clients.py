@@ -13,8 +13,7 @@ more. httpcore's trace extension reports when the body goes out; if httpcore is 
 booking is dated once more then. (Not when the headers go out: an iteration of the event loop lies
 in between, a long one if many calls leave at once, and no provider counts tokens before it has the
 body.) The same extension shows the reply's headers, so the limiter hears what the provider says is
-left. This is done only for providers that are known by their host, because a gateway that looks
-like one may mean something else by the same headers.
+left, and learns how it counts, as it does behind a transport.
 
 Connections belong to an event loop. On another one, a request would still go out, but its reply
 would be lost: after a second `asyncio.run` every call would be made twice, and two threads with a
@@ -37,7 +36,7 @@ from asyncbucket.attempt import IN_PROGRESS, Attempt
 from asyncbucket.engine.wording import warn_user
 from asyncbucket.llama_index.pacing import Pacing, Requests
 from asyncbucket.providers.learn import HeaderReader
-from asyncbucket.providers.profiles import GENERIC, profile_of
+from asyncbucket.providers.profiles import profile_of
 from asyncbucket.providers.usage import usage_of
 from asyncbucket.waiting import ASYNC, SYNC, PerLoopTransport
 
@@ -73,15 +72,20 @@ def _tracer(attempt: Attempt, host: str) -> Callable[..., Coroutine[Any, Any, No
     """Return what follows one request to ``host`` on its way, as httpcore's trace extension."""
     requests: Requests = attempt.call
     profile = requests.profile = profile_of(host)
+    reader = HeaderReader.of(requests.provider) if requests.learn else None
+    if reader is not None:
+        reader.expect()
 
     async def trace(event: str, info: Mapping[str, Any]) -> None:
         if event.endswith(_BODY_STARTED):
             requests.sent(attempt)
-        elif event.endswith(_HEADERS_RECEIVED) and profile is not GENERIC:
-            parts = info["return_value"]  # HTTP/1.1 has more parts than HTTP/2
-            headers = next((part for part in parts if isinstance(part, list)), [])
-            reader = HeaderReader(requests.provider)
-            reader.read(headers, profile, since=requests.sent_at)
+        elif event.endswith(_HEADERS_RECEIVED) and reader is not None:
+            sent_at, lease = requests.sent_at, attempt.lease
+            if sent_at is not None and reader.is_due(sent_at):
+                parts = info["return_value"]  # HTTP/1.1 has more parts than HTTP/2
+                headers = next((part for part in parts if isinstance(part, list)), [])
+                waited = lease is not None and lease.waited > 0
+                reader.read(headers, profile, since=sent_at, waited=waited)
 
     return trace
 

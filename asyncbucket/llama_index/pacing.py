@@ -141,13 +141,15 @@ class Requests:
     Args:
         attempt: the attempt that they are part of, admitted.
         own: the method that makes the call.
+        learn: whether the limits learn from the replies.
     """
 
-    def __init__(self, attempt: Attempt, own: Callable[..., Any]) -> None:
+    def __init__(self, attempt: Attempt, own: Callable[..., Any], *, learn: bool) -> None:
         #: In a pool, that of the member's model.
         self.own = own
         #: The limiter that has the provider's limits: in a pool, the member.
         self.provider = attempt.member or attempt.limiter
+        self.learn = learn
         self._noted = attempt.sent
         #: What the model costs, and what was reserved for the first request, if dollars count.
         self.price: Price | None = None
@@ -242,7 +244,14 @@ class Requests:
                 lease.settle(usd=0)
         finally:  # to look at an error may raise another
             unsent = only and never_sent(error.__cause__)
-            end_failed(lease, error, unsent=unsent, sent=self._noted, limiter=self.provider)
+            end_failed(
+                lease,
+                error,
+                unsent=unsent,
+                sent=self._noted,
+                limiter=self.provider,
+                learns=self.learn,
+            )
 
     def over(self) -> None:
         """Let another call lead, if this one did."""
@@ -279,6 +288,7 @@ class Pacing:
             called.
         cache: whether calls with a prompt prefix that is not in the provider's cache wait for one
             that leads.
+        learn: whether the limits learn from the replies.
     """
 
     def __init__(
@@ -289,6 +299,7 @@ class Pacing:
         estimator: Estimator | None = None,
         models: Mapping[Limiter, Any] | None = None,
         cache: CacheMode = "count",
+        learn: bool = True,
     ) -> None:
         self.limiter = limiter
         self.models: Mapping[Limiter, Any] = {} if models is None else models
@@ -299,7 +310,7 @@ class Pacing:
             )
         # A refusal concerns all who share the provider's limits.
         self.retrier = Retrier(Retry.of(retry), provider_of(limiter), caller=limiter)
-        self.cache = read_mode(cache)
+        self.cache, self.learn = read_mode(cache), learn
         #: How the provider counts, once a request was seen to leave.
         self.profile = GENERIC
         #: Whether streams ask the provider for the usage; off for good once it refuses.
@@ -308,7 +319,12 @@ class Pacing:
     @property
     def options(self) -> dict[str, Any]:
         """What paces a copy alike; the estimator has learned from the replies so far."""
-        return {"retry": self.retrier.policy, "estimator": self.estimator, "cache": self.cache}
+        return {
+            "retry": self.retrier.policy,
+            "estimator": self.estimator,
+            "cache": self.cache,
+            "learn": self.learn,
+        }
 
     def __deepcopy__(self, memo: dict[int, object]) -> Self:
         """Return this object: a copy of a model or tool spends from the same budget."""
@@ -339,6 +355,7 @@ class Pacing:
         lease, requests = await self.admit(call, estimate, attempt)
         try:
             reply = await call.send(requests.own)
+            answered(lease)
             self.settle(lease, requests, lambda: call.method.read(reply))
         except BaseException as error:
             requests.failed(lease, error)
@@ -362,7 +379,7 @@ class Pacing:
         lease = await attempt.admit(call.io, prompt=prompt, conversation=conversation, **amounts)
         if lease.waited:
             report_wait(self.limiter, lease)
-        attempt.call, attempt.pays = Requests(attempt, call.own), True
+        attempt.call, attempt.pays = Requests(attempt, call.own, learn=self.learn), True
         requests: Requests = attempt.call
         requests.prompt = prompt
         model = self.models.get(requests.provider, call.model)

@@ -78,6 +78,7 @@ class WrapOptions(TypedDict, total=False):
     estimator: Estimator | None
     kind: str | None
     cache: CacheMode
+    learn: bool
 
 
 def wrap(
@@ -88,6 +89,7 @@ def wrap(
     estimator: Estimator | None = None,
     kind: str | None = None,
     cache: CacheMode = "count",
+    learn: bool = True,
 ) -> T:
     """Return ``obj``, a LlamaIndex LLM, embedding model, tool, agent or workflow, paced by ``limiter``.
 
@@ -109,6 +111,8 @@ def wrap(
         kind: what agents of about the same size have in common; for agents and workflows.
         cache: ``"lead"`` has one of the calls with the same new prompt prefix go first, if they ask
             the provider to cache it; see `asyncbucket.providers.prefixes`.
+        learn: whether the limits learn from the replies, as behind a transport, if the model's SDK
+            shows them, as OpenAI's and Anthropic's do. False keeps the strict window.
 
     Raises:
         TypeError: ``obj`` cannot be wrapped, or an option does not apply to it.
@@ -116,6 +120,7 @@ def wrap(
     """
     given = {"retry": retry, "estimator": estimator, "kind": read_label(kind, "kind")}
     given["cache"] = None if read_mode(cache) == "count" else cache
+    given["learn"] = None if learn else False
     options = {name: value for name, value in given.items() if value is not None}
     if not isinstance(obj, (list, tuple)):
         return cast("T", _wrap_one(obj, limiter, options))
@@ -170,7 +175,7 @@ def _check_options(obj: Any, options: Mapping[str, Any]) -> None:
     if wrong:
         raise TypeError(
             f"{', '.join(wrong)}= does not apply to {type(obj).__name__}: kind= is for agents and "
-            f"workflows, retry=, estimator= and cache= are for models"
+            f"workflows, retry=, estimator=, cache= and learn= are for models"
         )
 
 

@@ -49,6 +49,8 @@ _HeaderIndex: TypeAlias = dict[bytes, tuple[Told | None, str]]
 _READS_PER_WINDOW: Final = 6_000
 #: So many replies with numbers are read even if they follow at once: they say how it counts.
 _READ_FIRST: Final = 64
+#: If calls wait, many leave at once: calls this close together (s) may arrive in another order.
+_REORDERING_LAG: Final = 0.2
 _SECOND: Final = 1_000_000_000
 #: What is longer is no number, no duration and no date.
 _LONGEST: Final = 64
@@ -105,6 +107,14 @@ class HeaderReader:
         self._unread = _READ_FIRST
         self._ignore_until = -math.inf
 
+    @classmethod
+    def of(cls, limiter: Limiter) -> "HeaderReader":
+        """Return what all models that are paced by this limiter share."""
+        found: HeaderReader = vars(limiter).get("_headers") or vars(limiter).setdefault(
+            "_headers", cls(limiter)
+        )
+        return found
+
     def expect(self) -> None:
         """Have the provider's limits learn how it counts them, from the first call on."""
         if self.learns and not self._expected:
@@ -118,16 +128,21 @@ class HeaderReader:
         """
         return self._unread > 0 or now >= self._ignore_until
 
-    def read(self, headers: Any, profile: Profile, *, since: float | None = None) -> None:
+    def read(
+        self, headers: Any, profile: Profile, *, since: float | None = None, waited: bool = False
+    ) -> None:
         """Read the headers of a reply to a call that was sent at ``since``.
 
         Args:
             headers: httpx's or httpx2's headers, or pairs of bytes.
             profile: which headers mean what.
             since: in seconds of the limiter's clock.
+            waited: whether the call had waited, and left together with others.
         """
         if not self.learns or not profile.tells:
             return
+        if waited and since is not None:
+            since -= _REORDERING_LAG
         reports, wall = _read_reports(headers, profile)
         for report in reports.values():
             self._complete(report)

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
-from unittest.mock import Mock
 
 import httpx
 import openai
@@ -24,7 +23,6 @@ from openai import AsyncOpenAI
 from pydantic import PrivateAttr
 
 from asyncbucket import Limiter, pace
-from asyncbucket.providers.profiles import OPENAI
 from asyncbucket.testing import VirtualTime
 from asyncbucket.waiting import PerLoopTransport
 from tests.llama_index.conftest import (
@@ -120,21 +118,34 @@ def test_attempts_without_a_connection_cost_nothing_and_a_lost_reply_does(
     assert charged(limiter) == [2]
 
 
-async def test_model_learns_remaining_units_from_headers_of_known_provider_only(
-    rate_limited_provider: "ProviderFactory", monkeypatch: pytest.MonkeyPatch, reader: Reader
+async def test_model_hears_what_the_provider_says_is_left_and_learns_how_it_counts(
+    rate_limited_provider: "ProviderFactory", reader: Reader
 ) -> None:
-    provider = rate_limited_provider(rpm=60, tpm=100_000)
-    limiter = Limiter("60 RPM burst 60", "100k TPM")
+    provider = rate_limited_provider(rpm=600, tpm=100_000)
+    limiter = Limiter("600 RPM", "100k TPM")
     options = {"default_headers": {"connection": "close"}}  # nobody closes the client
     plain = make_openai(api_base=provider.base_url, **options)
     for _ in range(40):
         await plain.achat(MESSAGES)
     llm = limiter.wrap(plain)
-    await reader.call(llm, "chat", MESSAGES)
-    assert limiter.statistics().limits[0].available == 59
-    monkeypatch.setattr("asyncbucket.llama_index.clients.profile_of", Mock(return_value=OPENAI))
-    await reader.call(llm, "chat", MESSAGES)
-    assert 14 <= limiter.statistics().limits[0].available <= 20
+    for _ in range(8):
+        await reader.call(llm, "chat", MESSAGES)
+    requests, _ = limiter.statistics().limits
+    assert requests.belief is not None
+    assert (requests.belief.kind, requests.belief.size) == ("bucket", 600)
+    assert requests.available < 600 - 8  # others' calls count
+
+
+async def test_model_keeps_the_strict_window_if_it_is_not_to_learn(
+    rate_limited_provider: "ProviderFactory", reader: Reader
+) -> None:
+    limiter = Limiter("600 RPM")
+    options = {"default_headers": {"connection": "close"}}  # nobody closes the client
+    plain = make_openai(api_base=rate_limited_provider(rpm=600).base_url, **options)
+    llm = limiter.wrap(plain, learn=False)
+    for _ in range(8):
+        await reader.call(llm, "chat", MESSAGES)
+    assert limiter.statistics().limits[0].belief is None
 
 
 @pytest.mark.parametrize(("host", "counted"), [("api.groq.com", 26), ("llm.test", 90)])
