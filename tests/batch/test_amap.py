@@ -260,8 +260,6 @@ async def test_plain_function_is_refused_with_a_hint_at_threads() -> None:
         ([1], {"cost": 3}, "a cost must be a Cost, a dict such as"),
     ],
 )
-def test_invalid_option_is_refused_at_once(
-    items: Any, options: dict[str, Any], message: str
-) -> None:
+def test_invalid_option_is_refused(items: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
         amap(Limiter(concurrency=1), Work(), items, **options)

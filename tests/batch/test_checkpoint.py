@@ -70,9 +70,7 @@ async def test_second_run_calls_only_for_unfinished_items(path: Path) -> None:
 
 
 @pytest.mark.parametrize("of", ["reader", "loop"])
-def test_results_are_saved_at_the_end_of_the_reader_or_the_loop(
-    path: Path, monkeypatch: pytest.MonkeyPatch, of: str
-) -> None:
+def test_results_are_saved_at_the_end(path: Path, monkeypatch: pytest.MonkeyPatch, of: str) -> None:
     """One is being written then, and two wait for the disk."""
     begun: list[object] = []
 
@@ -98,9 +96,7 @@ def test_results_are_saved_at_the_end_of_the_reader_or_the_loop(
     assert [item.restored for item in asyncio.run(run(path, calls, range(3)))] == [True] * 3
 
 
-async def test_items_are_looked_up_together_and_results_saved_together(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_items_and_results_go_in_batches(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: dict[str, list[int]] = {"look_up": [], "save": []}
 
     def count(name: str) -> None:
@@ -168,7 +164,7 @@ async def test_result_that_cannot_be_pickled_ends_the_run_and_loses_no_other(pat
     await again.aclose()
 
 
-async def test_result_whose_class_is_gone_is_an_error(
+async def test_result_of_lost_class_is_an_error(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def ask(_: int) -> object:
@@ -214,7 +210,7 @@ class Asked(BaseModel):
     ],
     ids=repr,
 )
-async def test_only_equal_items_share_a_result(
+async def test_equal_items_share_results(
     path: Path, item: Any, other: Any, *, is_same: bool
 ) -> None:
     await run(path, Calls(), [item])

@@ -92,7 +92,7 @@ def acquiring(here: Limiter) -> dict[str, Callable[[str], Awaitable[Any]]]:
 
 @pytest.mark.parametrize("name", acquiring(Limiter("1 RPM")))
 @pytest.mark.parametrize("errors", ["raise", "collect"])
-async def test_unmarked_function_that_acquires_fails_with_remedy(
+async def test_unmarked_function_acquires_not(
     name: str, errors: Any, virtual_time: VirtualTime
 ) -> None:
     """With a single slot, it would also wait for itself forever."""
@@ -116,9 +116,7 @@ async def test_unmarked_function_in_threads_fails_without_waiting_for_itself() -
     assert (here.statistics().in_flight, here.statistics().overridden) == (0, 0)
 
 
-async def test_batch_on_another_limiter_inside_a_batch_is_no_second_acquisition(
-    virtual_time: VirtualTime,
-) -> None:
+async def test_batch_inside_a_batch_is_no_second_acquisition(virtual_time: VirtualTime) -> None:
     """But a call of the inner batch that acquires from the outer limiter is one."""
     here, other = (Limiter(concurrency=1, clock=virtual_time.clock) for _ in range(2))
 
@@ -144,9 +142,7 @@ async def test_paced_and_cost_options_say_who_acquires(options: Any, charged: in
 
 
 @pytest.mark.parametrize("agents", [True, "chat"])
-async def test_each_item_of_a_batch_of_agents_is_one_agent(
-    *, agents: bool | str, virtual_time: VirtualTime
-) -> None:
+async def test_each_item_of_agents_is_one(*, agents: bool | str, virtual_time: VirtualTime) -> None:
     """Its calls acquire, not the batch; a wrong kind is refused at once."""
     here = Limiter("600 RPM burst 600", clock=virtual_time.clock)
 

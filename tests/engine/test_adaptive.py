@@ -51,9 +51,7 @@ def test_only_first_reported_outcome_of_call_counts(limiter: Limiter) -> None:
     assert plain.released
 
 
-async def test_calls_of_wave_sent_after_first_refusal_do_not_cut_again(
-    time: VirtualTime, limiter: Limiter
-) -> None:
+async def test_calls_of_one_wave_cut_once(time: VirtualTime, limiter: Limiter) -> None:
     wave = [await limiter.acquire() for _ in range(4)]
     for lease in wave:
         time.advance(0.01)

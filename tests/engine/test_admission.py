@@ -77,9 +77,7 @@ def instants(way: Way, limits: tuple[str, ...], calls: list[tuple[float, int]]) 
     ),
     st.lists(st.tuples(st.sampled_from([0, 0, 0.01, 0.4, 5]), st.integers(0, 30)), max_size=25),
 )
-def test_newcomers_and_waiting_calls_pass_at_the_same_instants(
-    limits: list[str], calls: list[tuple[float, int]]
-) -> None:
+def test_newcomer_and_waiter_pass_alike(limits: list[str], calls: list[tuple[float, int]]) -> None:
     first, *others = (instants(way, tuple(limits), calls) for way in WAYS)
     for other in others:
         assert other == pytest.approx(first, abs=1e-5)  # a loop sleeps for at least 20 µs
@@ -155,9 +153,7 @@ def test_asking_takes_nothing_and_what_is_promised_passes_then_and_not_before(se
                     meter.unbook(units, when)
 
 
-async def test_one_timer_lets_several_calls_of_a_crowd_go_and_loses_nothing(
-    virtual_time: VirtualTime,
-) -> None:
+async def test_one_timer_serves_several_calls_and_loses_nothing(virtual_time: VirtualTime) -> None:
     """At 5,000 a second a call comes due each 0.2 ms; none goes more than a millisecond late."""
     bucket = TokenBucket(5_000, burst=50, clock=virtual_time.clock)
     passed: list[float] = []

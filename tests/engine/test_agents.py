@@ -247,9 +247,7 @@ async def test_no_agent_starves_beside_callers_that_never_stop(
     assert not order.waiting
 
 
-async def test_agent_that_comes_back_after_ten_minutes_keeps_only_what_it_has_used(
-    time: VirtualTime,
-) -> None:
+async def test_agent_back_after_ten_minutes_keeps_only_what_it_used(time: VirtualTime) -> None:
     """Its hundred calls get no more than a fair share of the first minute: 600 / 21."""
     loop = ClosedLoop(time)
     loop.tasks = [asyncio.ensure_future(loop.caller()) for _ in range(20)]

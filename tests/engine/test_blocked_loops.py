@@ -38,9 +38,7 @@ def overridden(key: Limiter) -> int:
     return key.statistics().overridden
 
 
-async def test_loop_that_dispatches_again_in_its_next_turn_is_not_blocked(
-    time: VirtualTime,
-) -> None:
+async def test_loop_that_dispatches_in_its_next_turn_is_not_blocked(time: VirtualTime) -> None:
     """It does so when a caller who may be back then would be next."""
     await asyncio.sleep(60)
     limiter = Limiter(concurrency=1, clock=time.clock.__call__)  # a real loop asks, too
@@ -82,7 +80,7 @@ def test_blocked_loop_with_all_slots_does_not_deadlock(caplog: pytest.LogCapture
 
 @pytest.mark.parametrize("stopped_first", [False, True])
 @pytest.mark.parametrize("is_pool", [False, True])
-def test_slot_left_on_ended_loop_does_not_hold_up_calls_for_ever(
+def test_slot_left_on_ended_loop_holds_up_nobody(
     impatient: float, *, stopped_first: bool, is_pool: bool
 ) -> None:
     """It is ignored like one held on a blocked loop, also by a call on a stopped loop before it."""
@@ -241,9 +239,7 @@ def waiting_on_closed_loop(
 @pytest.mark.parametrize("path", [(), ("chat", "agent")])
 @pytest.mark.parametrize("rung", [False, True])
 @pytest.mark.parametrize("how", ["thread", "at once", "loop", "cancelled", "coroutine", "dropped"])
-def test_call_waiting_on_closed_loop_is_counted_out_once(
-    path: tuple[str, ...], how: str, *, rung: bool
-) -> None:
+def test_call_on_closed_loop_ends_once(path: tuple[str, ...], how: str, *, rung: bool) -> None:
     """It holds up no other call, and may still be cancelled, closed or dropped."""
     key = limiter = Limiter("1000/s burst 2", concurrency=1)
     for name in path:

@@ -353,9 +353,7 @@ def test_on_exceeded_of_a_blocking_call_is_a_plain_function() -> None:
 
 
 @pytest.mark.parametrize("fails", [False, True])
-async def test_on_exceeded_that_fails_or_is_cancelled_leaves_nothing_behind(
-    time: VirtualTime, *, fails: bool
-) -> None:
+async def test_failed_on_exceeded_leaves_nothing_behind(time: VirtualTime, *, fails: bool) -> None:
     limiter = Limiter(concurrency=3, clock=time.clock)
 
     async def ask(_: BudgetExceeded) -> None:

@@ -313,9 +313,7 @@ async def test_other_hour_or_a_sliding_window_gives_nothing_anew(time: VirtualTi
     assert available(limiter) == 12
 
 
-async def test_limit_lowered_below_what_the_day_has_used_owes_the_next_day_nothing(
-    time: VirtualTime,
-) -> None:
+async def test_limit_lowered_below_the_days_use_owes_no_next_day(time: VirtualTime) -> None:
     limiter = limiter_of(time, Wall(time, "2026-06-01T12:00"), "10 RPD resets 18:00 UTC")
     lease = await limiter.acquire(requests=8)
     limiter.reconfigure("3 RPD resets 18:00 UTC")
@@ -327,9 +325,7 @@ async def test_limit_lowered_below_what_the_day_has_used_owes_the_next_day_nothi
 
 
 @pytest.mark.parametrize("kind", [Limiter, Pool])
-async def test_tenant_that_comes_back_within_the_day_gets_nothing_anew(
-    time: VirtualTime, kind: type[Limiter]
-) -> None:
+async def test_returning_tenant_gets_nothing_anew(time: VirtualTime, kind: type[Limiter]) -> None:
     """A pool goes by the wall clock of its members."""
     wall = Wall(time, "2026-06-01T12:00")
     limiter = limiter_of(time, wall, "100 RPD", name="a")

@@ -46,9 +46,7 @@ def call_after(steps_left: int, function: Callable[[], object]) -> None:
         pytest.param(("chat", "agent"), "alike", marks=pytest.mark.heavy),
     ],
 )
-def test_call_cancelled_within_any_line_of_the_core_leaks_nothing(
-    path: tuple[str, ...], others: str | None
-) -> None:
+def test_cancelling_at_any_line_leaks_nothing(path: tuple[str, ...], others: str | None) -> None:
     """Ctrl-C under ``asyncio.run`` cancels the main task between any two lines of Python."""
 
     async def interrupted(time: VirtualTime, moment: int) -> bool:

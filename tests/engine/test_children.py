@@ -25,9 +25,7 @@ async def test_child_at_its_limit_holds_up_neither_sibling_nor_parent(time: Virt
     cancel(*queue)
 
 
-async def test_limiter_names_what_binds_below_once_its_own_limits_bind_nobody(
-    time: VirtualTime,
-) -> None:
+async def test_limiter_names_what_binds_below_if_its_own_bind_nobody(time: VirtualTime) -> None:
     key = Limiter(concurrency=1, clock=time.clock)
     poor = key.child("poor", rpm=1)
     held, *queue = await start_all(poor.acquire() for _ in range(2)), key.acquire()

@@ -104,7 +104,7 @@ async def replay(
 @settings(deadline=None, max_examples=150)
 @given(history, st.integers(1, 30), st.floats(0, 40))
 @example([("take", 1, 0), ("more", 23, 0), *[("take", 1, 7)] * 3], 1, 1.0)  # a debt outlasts 20 s
-def test_call_that_could_pass_in_time_is_never_refused(
+def test_call_that_can_pass_in_time_does(
     moves: list[tuple[str, int, float]], tokens: int, timeout: float
 ) -> None:
     async def asked(time: VirtualTime) -> bool:

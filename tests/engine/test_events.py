@@ -175,7 +175,7 @@ async def test_events_of_call_come_in_order(time: VirtualTime) -> None:
         (TimeoutError("slow"), "overloaded"),
     ],
 )
-async def test_outcome_tells_how_block_was_left(
+async def test_outcome_is_told(
     time: VirtualTime, error: BaseException | None, outcome: str
 ) -> None:
     heard: list[Any] = []

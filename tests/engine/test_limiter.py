@@ -179,9 +179,7 @@ def test_pace_wraps_model(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
-def test_copy_of_limiter_bucket_budget_or_lease_is_same_object_and_none_is_pickled(
-    copied: Callable[[Any], Any],
-) -> None:
+def test_copy_is_the_same_object_and_none_is_pickled(copied: Callable[[Any], Any]) -> None:
     limiter = Limiter("60 RPM", concurrency=1)
     lease = limiter.acquire_nowait()
     each = [limiter, limiter.child("chat"), TokenBucket(1.0), budget(usd=1), lease]

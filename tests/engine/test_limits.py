@@ -211,9 +211,7 @@ def test_limit_that_nothing_pays_is_warned_of_once(time: VirtualTime) -> None:
     call_many_times(paid)
 
 
-async def test_calls_without_a_price_are_warned_of_sooner_but_not_while_they_go_on(
-    time: VirtualTime,
-) -> None:
+async def test_unpriced_calls_are_warned_of_sooner_but_not_while_open(time: VirtualTime) -> None:
     limiter = Limiter("5 USD/day", name="key", clock=time.clock)
     for _ in range(9):
         (await limiter.acquire()).release()

@@ -71,9 +71,7 @@ async def test_call_that_joins_the_line_while_a_slot_returns_gets_it(time: Virtu
 
 
 @pytest.mark.parametrize("settles", [False, True])
-async def test_lease_dropped_while_another_passes_or_settles_serves_waiting_call(
-    time: VirtualTime, *, settles: bool
-) -> None:
+async def test_lease_dropped_meanwhile_serves_waiter(time: VirtualTime, *, settles: bool) -> None:
     leases: list[Lease] = []
 
     def clock() -> int:

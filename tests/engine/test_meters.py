@@ -235,9 +235,7 @@ def test_bucket_has_what_is_left_after(done: str) -> None:
 
 
 @pytest.mark.parametrize("bursts", [[12], [12, 7], [3, 12], [20, *range(11, 30), 12]])
-def test_call_above_burst_gives_back_no_more_than_it_took_of_a_bucket_reshaped_since(
-    bursts: list[int],
-) -> None:
+def test_call_above_burst_gives_back_no_more_than_it_took(bursts: list[int]) -> None:
     """It had taken the seven of its day's burst: settled to seven, it gives nothing back."""
     bucket = Bucket(rate=5, burst=7)
     when = bucket.earliest(20, 0)

@@ -23,9 +23,7 @@ def pacers() -> list[asyncio.Task[object]]:
     return [task for task in asyncio.all_tasks() if task.get_name() == "asyncbucket pacer"]
 
 
-async def test_pacer_lives_only_while_calls_wait_and_starts_again_when_foreign_code_cancels_it(
-    time: VirtualTime,
-) -> None:
+async def test_pacer_lives_while_calls_wait_whoever_cancels_it(time: VirtualTime) -> None:
     limiter = Limiter("1/s burst 1", concurrency=1, clock=time.clock)
     holder = await limiter.acquire()
     await asyncio.sleep(0)

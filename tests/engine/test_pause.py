@@ -53,9 +53,7 @@ async def test_gradual_pause_admits_twice_as_many_calls_at_each_step(time: Virtu
 
 
 @pytest.mark.parametrize("when", ["before", "handed over"])
-async def test_call_that_gives_up_in_slow_start_leaves_its_step_to_next_call(
-    time: VirtualTime, when: str
-) -> None:
+async def test_call_gone_in_slow_start_leaves_its_step(time: VirtualTime, when: str) -> None:
     limiter = Limiter(clock=time.clock)
     limiter.pause(16, gradually=True)
     waiting = limiter.acquire().__await__()

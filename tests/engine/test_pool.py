@@ -51,9 +51,7 @@ async def name_of_taker(pool: Pool, **call: Any) -> str:
 
 
 @pytest.mark.parametrize("number", [2, pytest.param(20, marks=pytest.mark.heavy)])
-async def test_sum_of_unequal_members_is_used_in_order_and_none_is_exceeded(
-    time: VirtualTime, number: int
-) -> None:
+async def test_all_members_are_used_and_none_exceeded(time: VirtualTime, number: int) -> None:
     chance = random.Random(number)
     members = members_of(time, *(chance.randint(30, 1_200 // number) for _ in range(number)))
     pool, started, took = Pool(*members), list[int](), Trace(list)
@@ -74,9 +72,7 @@ async def test_sum_of_unequal_members_is_used_in_order_and_none_is_exceeded(
     nothing_is_left(pool, *members)
 
 
-async def test_costly_call_goes_to_members_that_can_take_it_and_holds_up_no_others(
-    time: VirtualTime,
-) -> None:
+async def test_costly_call_waits_for_a_large_member_and_holds_up_none(time: VirtualTime) -> None:
     small = Limiter("100 TPM", name="small", clock=time.clock)
     large = Limiter("1000 TPM", name="large", clock=time.clock)
     pool = Pool(small, large, prefer="first")
@@ -165,9 +161,7 @@ async def test_call_cancelled_within_any_line_of_its_handover_takes_nothing(
 
 
 @pytest.mark.parametrize("fails", [False, True])
-async def test_call_that_was_out_of_line_holds_up_nobody_when_it_gives_up(
-    time: VirtualTime, *, fails: bool
-) -> None:
+async def test_call_out_of_line_may_give_up(time: VirtualTime, *, fails: bool) -> None:
     """Kept for its member, then next at each; its cost can never pass any more, or it is cancelled."""
     a, b = (Limiter("100 TPM", name=name, clock=time.clock) for name in "ab")
     pool = Pool(a, b, prefer="first")
@@ -243,9 +237,7 @@ async def test_newcomer_at_member_does_not_pass_waiting_pool(time: VirtualTime) 
     assert (await waiting[0]).limiter is a
 
 
-async def test_urgent_calls_of_a_pool_pass_others_at_a_member_that_is_used_directly(
-    time: VirtualTime,
-) -> None:
+async def test_urgent_calls_of_a_pool_pass_those_of_a_member_itself(time: VirtualTime) -> None:
     """As those of a child do: only one other call of each goes before six of them."""
     (a,) = members_of(time, 600, concurrency=1)
     pool, order = Pool(a), ""
@@ -308,9 +300,7 @@ async def test_limits_below_a_pool_hold_at_all_members_together(
     cancel(*calls)
 
 
-async def test_cheap_call_behind_many_that_fit_one_member_goes_to_another_at_once(
-    time: VirtualTime,
-) -> None:
+async def test_cheap_call_behind_many_for_one_member_goes_elsewhere(time: VirtualTime) -> None:
     small = Limiter("1k TPM", name="small", clock=time.clock)
     large = Limiter("10k TPM", name="large", clock=time.clock)
     pool = Pool(small, large)
@@ -334,9 +324,7 @@ async def test_preference_decides_for_calls_that_waited_too(time: VirtualTime, p
 @pytest.mark.parametrize(
     ("prefer", "expected"), [("first", "aaaaaabbbb"), ("least_used", "abbbabbbab")]
 )
-async def test_preference_decides_among_members_that_could_start_now(
-    time: VirtualTime, prefer: Any, expected: str
-) -> None:
+async def test_free_member_is_preferred(time: VirtualTime, prefer: Any, expected: str) -> None:
     """A tenth of 60 and of 180 a minute may pass at once: 6 and 18."""
     pool = Pool(*members_of(time, 60, 180), prefer=prefer)
     assert [await name_of_taker(pool) for _ in range(10)] == [*expected]
@@ -392,9 +380,7 @@ async def test_sticky_call_goes_elsewhere_when_its_patience_ends(time: VirtualTi
 
 
 @pytest.mark.parametrize(("patience", "taker"), [(100, "a"), (1, "b")])
-async def test_call_out_of_line_shares_its_members_with_direct_calls(
-    time: VirtualTime, patience: float, taker: str
-) -> None:
+async def test_call_out_of_line_shares(time: VirtualTime, patience: float, taker: str) -> None:
     """It is in the line of the member that it is kept for, or in all, though nobody waits in its own."""
     a, b = members_of(time, 60, 60, concurrency=1)
     pool = Pool(a, b, prefer="first", patience=patience)
@@ -451,9 +437,7 @@ async def test_children_of_a_pool_share_its_tokens_by_weight(time: VirtualTime) 
     assert served["pool/heavy"] == pytest.approx(3 * served["pool/light"], rel=0.05)
 
 
-async def test_latest_conversations_are_remembered(
-    time: VirtualTime, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_latest_talks_are_kept(time: VirtualTime, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pools, "_HOMES", 2)
     a, b = members_of(time, 600, 600)
     pool = Pool(a, b, prefer="first")
@@ -630,9 +614,7 @@ async def test_children_tenants_and_agents_of_a_pool_are_pools(time: VirtualTime
     nothing_is_left(pool, child)
 
 
-async def test_waiting_call_of_a_tenant_fails_as_the_limits_of_a_pools_child_fall(
-    time: VirtualTime,
-) -> None:
+async def test_waiting_call_of_a_tenant_fails_as_its_pools_limits_fall(time: VirtualTime) -> None:
     """However often they have changed while no call came."""
     pool = Pool(*members_of(time, 60, 60, tpm=100))
     child = pool.child("chat")

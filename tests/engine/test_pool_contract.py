@@ -12,7 +12,7 @@ MODULES = [importlib.import_module(f"tests.engine.test_{name}") for name in NAME
 #: Those about words that are others for a pool, and those that take long.
 LEFT_OUT = {
     "test_call_behind_cousin_is_bound_by_same_resource",
-    "test_call_cancelled_within_any_line_of_the_core_leaks_nothing",
+    "test_cancelling_at_any_line_leaks_nothing",
     "test_call_that_would_be_late_is_refused_at_once",
     "test_calls_of_child_count_in_statistics_of_every_level_above",
     "test_each_call_times_out_at_its_own_deadline",

@@ -49,9 +49,7 @@ def test_limits_of_one_variable_are_separated_by_semicolons() -> None:
     assert limits(limiter) == ["14,400 requests per 86,400 s", "3 images per 10 s"]
 
 
-def test_prefix_selects_the_variables_of_one_limiter_and_arguments_go_first(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_prefix_selects_variables_and_arguments_go_first(monkeypatch: pytest.MonkeyPatch) -> None:
     environ = {"MY_RPM": "many", "MY_TPM": "5k", "ASYNCBUCKET_RPM": "500", "MY_RPD": " "}
     for name, text in environ.items():
         monkeypatch.setenv(name, text)

@@ -163,9 +163,7 @@ async def test_costly_call_does_not_starve_among_cheap_siblings(time: VirtualTim
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("rate", [9, 10, 12, 20])
-async def test_endless_new_children_do_not_starve_old_child(
-    time: VirtualTime, key: Limiter, rate: int
-) -> None:
+async def test_new_children_starve_no_old_one(time: VirtualTime, key: Limiter, rate: int) -> None:
     """Of those that came later, at most as many as were waiting, plus four dozen, pass first."""
     passed: list[float] = []
     most = 0

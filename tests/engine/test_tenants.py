@@ -242,9 +242,7 @@ async def passes(limiter: Limiter, callers: dict[str, Any], seconds: float) -> d
 
 
 @pytest.mark.parametrize("pooled", [False, True], ids=["per_key", "pool"])
-async def test_tenant_gets_no_more_by_opening_a_hundred_agents(
-    time: VirtualTime, *, pooled: bool
-) -> None:
+async def test_tenant_gets_no_more_by_many_agents(time: VirtualTime, *, pooled: bool) -> None:
     limiter: Any = Limiter("300 RPM burst 1", name="a", clock=time.clock)
     if pooled:
         limiter = Pool(limiter, Limiter("300 RPM burst 1", name="b", clock=time.clock))

@@ -140,9 +140,7 @@ def test_calls_of_two_loops_pass_in_order_of_arrival_and_by_shares(light: int) -
     assert sum(lights[: 5 * light // 2]) >= light // 2
 
 
-def test_timed_out_head_makes_room_for_call_on_another_loop(
-    two_loops: Loops,
-) -> None:
+def test_timed_out_head_makes_room_for_call_on_another_loop(two_loops: Loops) -> None:
     clock = VirtualClock()
     limiter = Limiter("10 TPM", clock=clock.__call__)  # moved by hand, on real loops
     held = limiter.acquire_nowait(tokens=8)
@@ -161,9 +159,7 @@ def test_timed_out_head_makes_room_for_call_on_another_loop(
     held.release()
 
 
-def test_call_passes_right_after_the_one_before_it_on_another_loop(
-    two_loops: Loops,
-) -> None:
+def test_call_passes_right_after_the_one_before_it_on_another_loop(two_loops: Loops) -> None:
     limiter = Limiter("10 TPM")
     held = limiter.acquire_nowait(tokens=10)
     here, there = two_loops
@@ -197,9 +193,7 @@ def test_lowered_limit_fails_call_that_waits_elsewhere(where: str) -> None:
     nothing_is_left(limiter)
 
 
-def test_lowered_limit_fails_calls_that_are_parked(
-    two_loops: Loops,
-) -> None:
+def test_lowered_limit_fails_calls_that_are_parked(two_loops: Loops) -> None:
     """They learn it once their loop runs again; what gave up meanwhile competes no more."""
     clock = VirtualClock()
     limiter = Limiter("100 TPM", clock=clock.__call__)  # moved by hand, on real loops
@@ -232,7 +226,7 @@ class Interrupted(BaseException):
 
 
 @pytest.mark.parametrize("admitted", [False, True])
-def test_interrupted_thread_gives_everything_back(
+def test_interrupted_thread_keeps_nothing(
     monkeypatch: pytest.MonkeyPatch, *, admitted: bool
 ) -> None:
     limiter = Limiter("100 TPM", concurrency=1)

@@ -38,9 +38,7 @@ def passing(meter: ProviderMeter, now: int, amount: int = 1) -> int:
         ("600 RPM burst 600", 600),
     ],
 )
-def test_a_seconds_worth_or_the_burst_that_was_given_passes_at_once(
-    limit: str, at_once: int
-) -> None:
+def test_a_seconds_worth_or_the_given_burst_passes_at_once(limit: str, at_once: int) -> None:
     assert passing(meter(limit), 0) == at_once
 
 
@@ -149,7 +147,7 @@ def replies(
         ([(500 - 40 * n, n) for n in range(8)], SECOND, None, 600),
     ],
 )
-def test_four_replies_prove_how_the_provider_counts(
+def test_replies_prove_how_it_counts(
     told: list[tuple[int, float]], apart: int, kind: str | None, size: int
 ) -> None:
     requests = meter()

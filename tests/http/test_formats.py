@@ -51,9 +51,7 @@ async def test_usage_settles_when_read(library: Any, name: str, *, ends: bool, c
     assert counted(limiter) == (reserved if cut else (90, min(reserved[1], 7)))
 
 
-async def test_usage_that_a_model_has_written_and_bytes_that_are_no_base64_do_not_count(
-    library: Any,
-) -> None:
+async def test_usage_in_a_models_words_or_in_no_base64_does_not_count(library: Any) -> None:
     reply = (
         b'{"content":[{"type":"tool_use","input":{"usage":{"input_tokens":5000}}}],'
         b'"usage":{"input_tokens":90,"output_tokens":7},"bytes":"QQ","a":{"bytes":"AA__"}}'

@@ -94,9 +94,7 @@ async def test_default_store_keeps_limits_and_no_slots_found_by_themselves(file:
         ("https://east", f"https://me:{KEY}@east", "credentials go into headers"),
     ],
 )
-def test_mistakes_are_named_and_no_key_is_shown(
-    file: Path, before: str, after: str, message: str
-) -> None:
+def test_mistake_is_named_without_a_key(file: Path, before: str, after: str, message: str) -> None:
     assert before in FILE
     file.write_text(FILE.replace(before, after))
     with pytest.raises(LimitSyntaxError, match=message) as refused:

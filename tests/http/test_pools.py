@@ -124,9 +124,7 @@ async def test_request_or_redirect_is_for_a_member_or_refused(library: Any) -> N
     assert pool.statistics().in_flight == 0
 
 
-async def test_conversation_goes_where_its_prompt_is_warm_while_that_costs_little(
-    virtual_time: VirtualTime,
-) -> None:
+async def test_conversation_goes_where_its_prompt_is_warm(virtual_time: VirtualTime) -> None:
     a, b = (
         Limiter("600 RPM", concurrency=1, name=name, clock=virtual_time.clock)
         for name in ("openai", "azure")

@@ -131,9 +131,7 @@ def used(limiter: Limiter) -> int:
     return limiter.statistics().limits[0].used
 
 
-async def test_call_is_charged_what_is_left_of_its_prompt_once_a_reply_has_begun(
-    time: VirtualTime,
-) -> None:
+async def test_call_is_charged_what_is_left_once_a_reply_has_begun(time: VirtualTime) -> None:
     limiter, provider = Limiter(itpm=1_000_000, clock=time.clock), Cache(time)
     heard: list[events.Event] = []
     limiter.observe(heard.append)
@@ -155,9 +153,7 @@ async def test_call_is_charged_what_is_left_of_its_prompt_once_a_reply_has_begun
 
 
 @pytest.mark.parametrize("stream", [True, False])
-async def test_calls_in_line_are_repriced_in_order_when_their_prefix_turns_warm(
-    time: VirtualTime, *, stream: bool
-) -> None:
+async def test_calls_in_line_are_repriced_in_order(time: VirtualTime, *, stream: bool) -> None:
     limiter, provider = Limiter(itpm=SHARED + 5 * OWN, clock=time.clock), Cache(time)
     async with client_of(limiter, provider) as client:
         await asyncio.gather(
@@ -193,9 +189,7 @@ async def test_nothing_is_expected_of_a_provider_that_caches_nothing(time: Virtu
     assert [at for at, _ in provider.calls] == [0.0, SECONDS, SECONDS]  # nobody leads in vain
 
 
-async def test_prefix_is_found_wherever_its_mark_was_and_however_text_is_written(
-    time: VirtualTime,
-) -> None:
+async def test_prefix_is_found_wherever_its_mark_is_however_written(time: VirtualTime) -> None:
     limiter, provider = Limiter(itpm=1_000_000, clock=time.clock), Cache(time)
     block = {"type": "text", "text": text(5_000, "question")}
     reply = {"role": "assistant", "content": "Yes."}
@@ -211,9 +205,7 @@ async def test_prefix_is_found_wherever_its_mark_was_and_however_text_is_written
             await asyncio.gather(*calls)
 
 
-async def test_prompt_above_a_limit_goes_alone_while_cold_and_fails_only_if_it_stays_above(
-    time: VirtualTime,
-) -> None:
+async def test_prompt_above_a_limit_goes_alone_only_if_cold(time: VirtualTime) -> None:
     limiter, provider = Limiter(itpm=SHARED - OWN, clock=time.clock), Cache(time)
     async with client_of(limiter, provider) as client:
         (await limiter.acquire(input_tokens=1)).release()
@@ -257,9 +249,7 @@ async def test_prefix_expires_also_for_calls_in_line(time: VirtualTime) -> None:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-async def test_one_call_leads_and_the_others_wait_until_its_reply_begins(
-    time: VirtualTime, *, stream: bool
-) -> None:
+async def test_one_call_leads_until_its_reply_begins(time: VirtualTime, *, stream: bool) -> None:
     limiter, provider = Limiter(itpm=1_000_000, clock=time.clock), Cache(time)
     async with client_of(limiter, provider, cache="lead") as client:
         await asyncio.gather(
@@ -310,7 +300,7 @@ def test_thread_waits_for_the_reply_to_a_leader_too(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("profile", "charged"), [("fireworks", OWN), ("groq", 21_000), ("openai", 21_000)]
 )
-async def test_profile_says_whether_what_is_read_is_charged_before_the_reply(
+async def test_profile_says_what_is_charged_before_the_reply(
     time: VirtualTime, profile: str, charged: int
 ) -> None:
     async def answer(_: httpx.Request) -> httpx.Response:

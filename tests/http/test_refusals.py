@@ -137,9 +137,7 @@ def test_one_wave_of_refusals_causes_one_pause(limiter: Limiter, clock: VirtualC
     assert Refusals.of(limiter) is refusals  # whoever hears of it
 
 
-def test_accidents_though_headers_show_room_pause_nobody_unless_they_are_a_good_part(
-    limiter: Limiter,
-) -> None:
+def test_accidents_while_headers_show_room_pause_only_if_they_are_many(limiter: Limiter) -> None:
     refusals, refusal = Refusals.of(limiter), judge_reply(429, None, {})
     in_flight = [12, 11, 10, 9, 8]
     effects = [refusals.take_in(refusal, in_flight=each) for each in in_flight]
@@ -223,9 +221,7 @@ def test_late_reply_neither_ends_nor_starts_a_wave(limiter: Limiter, clock: Virt
     assert limiter.statistics().paused == 2
 
 
-def test_limiter_in_shadow_logs_no_pause(
-    clock: VirtualClock, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_shadow_logs_no_pause(clock: VirtualClock, caplog: pytest.LogCaptureFixture) -> None:
     limiter = Limiter("1 RPS", clock=clock, shadow=True)
     take_in(Refusals.of(limiter), headers={"retry-after": "7"})
     assert (limiter.statistics().upstream_429, caplog.messages) == (1, [])

@@ -167,7 +167,7 @@ async def test_task_that_outlives_a_retried_attempt_retries_by_itself(library: A
     assert (await task).status_code == 200
 
 
-async def test_sdk_that_retries_too_makes_single_attempts_and_is_logged_once(
+async def test_sdk_that_retries_too_is_logged_once(
     library: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     server = Server(refused(library, 500))

@@ -118,9 +118,7 @@ async def test_stalled_refusal_is_over_after_5_s(library: Any, virtual_time: Vir
     assert in_flight(limiter) == 0
 
 
-def test_thread_reads_a_refusal_for_5_s_and_waits_no_longer_for_any_part_of_it(
-    library: Any, clock: VirtualClock
-) -> None:
+def test_thread_reads_a_refusal_for_5_s_at_most(library: Any, clock: VirtualClock) -> None:
     waits = list[float]()
 
     class Dripping(library.SyncByteStream):  # type: ignore[misc]
@@ -172,9 +170,7 @@ async def test_refusal_is_judged_by_its_body_and_holds_no_slot_though_nobody_rea
     assert await io.call(reply.aread if io is ASYNC else reply.read) == body
 
 
-async def test_request_that_is_sent_several_times_at_once_is_admitted_each_time(
-    library: Any,
-) -> None:
+async def test_request_sent_several_times_at_once_is_admitted_each_time(library: Any) -> None:
     async def answer(_: Any) -> Any:
         await asyncio.sleep(0)
         return library.Response(200)
@@ -198,7 +194,7 @@ async def test_event_stream_of_a_get_holds_no_slot(library: Any, limiter: Limite
             assert in_flight(limiter) == 1
 
 
-async def test_chunk_reaches_client_before_next_is_sent_and_cancelling_frees_slot(
+async def test_chunks_come_at_once_and_cancelling_frees_slot(
     library: Any, virtual_time: VirtualTime
 ) -> None:
     limiter = Limiter(concurrency=1, clock=virtual_time.clock)
@@ -486,7 +482,7 @@ async def test_transport_finds_the_note_of_another_though_one_between_copies_the
         ("gateway", "shared", (1, 1)),  # another limiter is another charge
     ],
 )
-async def test_transports_of_limiters_on_one_path_charge_once(
+async def test_stacked_transports_charge_once(
     library: Any, outer: str, inner: str, admitted: tuple[int, int]
 ) -> None:
     shared = Limiter("100 RPM", concurrency=1, name="shared")
@@ -513,9 +509,7 @@ def test_tool_is_called_anew_once_it_has_called_something_or_is_done() -> None:
 # --- what a transport is made of ---
 
 
-async def test_one_transport_serves_both_kinds_of_clients_of_both_libraries(
-    limiter: Limiter,
-) -> None:
+async def test_one_transport_serves_all_clients_of_both_libraries(limiter: Limiter) -> None:
     paced = limiter.transport()
     assert "above transport" in repr(paced)
     await paced.aclose()

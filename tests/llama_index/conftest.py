@@ -136,7 +136,7 @@ def instrumentation() -> Iterator[Instrumentation]:
 
 
 @dataclass
-class ScriptedOpenAI:
+class FakeAPI:
     """OpenAI's API: the bundled provider, after whatever a test scripts first."""
 
     script: list[httpx.Response | Exception | None] = field(default_factory=list)
@@ -194,8 +194,8 @@ def limiter() -> Limiter:
 
 
 @pytest.fixture
-def openai_api() -> Iterator[ScriptedOpenAI]:
-    api = ScriptedOpenAI()
+def api() -> Iterator[FakeAPI]:
+    api = FakeAPI()
     with respx.mock(assert_all_called=False) as mock:
         mock.route(host__in=["llm.test", "api.groq.com"]).mock(side_effect=api.answer)
         yield api

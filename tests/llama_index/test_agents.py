@@ -77,9 +77,7 @@ def test_ingestion_pipeline_is_paced(wide: Bench) -> None:
         assert_paced(wide, requests=3)
 
 
-async def test_index_build_does_not_deadlock_on_slot_of_the_loop_it_blocks(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+async def test_index_build_does_not_deadlock_on_its_slot(caplog: pytest.LogCaptureFixture) -> None:
     limiter = Limiter("60k RPM", concurrency=1)
     model = limiter.wrap(MockEmbedding(embed_dim=2))
     async with limiter.acquire():
@@ -129,9 +127,7 @@ async def under(start: Any) -> Any:
 
 
 @pytest.mark.parametrize("streaming", [True, False])
-async def test_agent_calls_inherit_priority_tenant_deadline(
-    bench: Bench, *, streaming: bool
-) -> None:
+async def test_agents_inherit_priority_tenant_deadline(bench: Bench, *, streaming: bool) -> None:
     await under(lambda: ask(bench.agent(streaming=streaming)))
     kinds = "chat", "tools", "embeddings", "chat"
     assert [name for name, _ in bench.seen] == [f"openai/{kind}/*" for kind in kinds]
@@ -382,9 +378,7 @@ async def test_tool_waits_and_a_timeout_becomes_its_error_output(virtual_time: V
     assert admitted(limiter.children["tools"]) == 2
 
 
-async def test_tool_calling_a_paced_model_keeps_its_child_but_gives_up_the_slot_of_both(
-    virtual_time: VirtualTime,
-) -> None:
+async def test_tool_that_calls_a_paced_model_gives_up_its_slot(virtual_time: VirtualTime) -> None:
     root = Limiter("1000/s", concurrency=1, clock=virtual_time.clock)
     tools = root.child("tools", concurrency=1)
     llm = root.child("chat").wrap(MockLLM())

@@ -26,9 +26,9 @@ from tests.llama_index.conftest import (
     MESSAGES,
     PROMPT,
     TOOL,
+    FakeAPI,
     Instrumentation,
     Person,
-    ScriptedOpenAI,
     admitted,
     charged,
     in_flight,
@@ -79,14 +79,14 @@ async def make_call(llm: LLM, name: str) -> None:
 
 @pytest.mark.parametrize("make", REMOTE, ids=name_of)
 async def test_each_call_is_one_request_admitted_once_and_settled_by_its_usage(
-    make: Callable[[], LLM], openai_api: ScriptedOpenAI
+    make: Callable[[], LLM], api: FakeAPI
 ) -> None:
     limiter = Limiter("100 RPM", "100k TPM", "50k ITPM", "50k OTPM", concurrency=1)
     llm = limiter.wrap(make())
     for calls, name in enumerate(CALLS, start=1):
         await make_call(llm, name)
-        assert (in_flight(limiter), len(openai_api.requests)) == (0, calls)
-        assert charged(limiter) == [calls, openai_api.tokens, calls, openai_api.tokens - calls]
+        assert (in_flight(limiter), len(api.requests)) == (0, calls)
+        assert charged(limiter) == [calls, api.tokens, calls, api.tokens - calls]
 
 
 async def test_call_through_nested_methods_is_paid_once() -> None:
@@ -113,20 +113,16 @@ async def test_method_making_three_calls_is_charged_for_all_three() -> None:
 
 
 @pytest.mark.parametrize("make", [make_openai, make_responses], ids=name_of)
-async def test_tool_calls_are_paced(
-    limiter: Limiter, make: Callable[[], Any], openai_api: ScriptedOpenAI
-) -> None:
+async def test_tools_are_paced(limiter: Limiter, make: Callable[[], Any], api: FakeAPI) -> None:
     llm = limiter.wrap(make())
     await llm.achat_with_tools([TOOL], "hi")
     await drain(llm.astream_chat_with_tools([TOOL], "hi"))
     await asyncio.to_thread(llm.chat_with_tools, [TOOL], "hi")
     await asyncio.to_thread(list, llm.stream_chat_with_tools([TOOL], "hi"))
-    assert admitted(limiter) == len(openai_api.requests) == 4
+    assert admitted(limiter) == len(api.requests) == 4
 
 
-async def test_tool_run_by_predict_and_call_pays_its_own_call(
-    limiter: Limiter, openai_api: ScriptedOpenAI
-) -> None:
+async def test_tool_of_predict_and_call_pays_its_own(limiter: Limiter, api: FakeAPI) -> None:
     llm = limiter.wrap(make_openai())
 
     async def ask(name: str) -> str:
@@ -134,7 +130,7 @@ async def test_tool_run_by_predict_and_call_pays_its_own_call(
 
     reply = await llm.apredict_and_call([FunctionTool.from_defaults(async_fn=ask)], "hi")
     assert str(reply) == "You said: hi"
-    assert admitted(limiter) == len(openai_api.requests) == 2
+    assert admitted(limiter) == len(api.requests) == 2
 
 
 @pytest.mark.filterwarnings("ignore:The 'output_format' parameter:DeprecationWarning")
@@ -143,8 +139,8 @@ async def test_tool_run_by_predict_and_call_pays_its_own_call(
     [make_openai, lambda: make_openai(model="gpt-4"), make_responses, make_anthropic],
     ids=["json_schema", "function", "OpenAI's own parse", "Anthropic's own parse"],
 )
-async def test_structured_output_is_paced(
-    limiter: Limiter, make: Callable[[], Any], openai_api: ScriptedOpenAI
+async def test_structures_are_paced(
+    limiter: Limiter, make: Callable[[], Any], api: FakeAPI
 ) -> None:
     llm = limiter.wrap(make())
     given = {"thing": "star", "fn": "f", "model": "m"}
@@ -157,13 +153,11 @@ async def test_structured_output_is_paced(
         found += list(llm.stream_structured_predict(Person, PROMPT, thing="star"))[-1:]
     assert {type(each) for each in found} == {Person}
     assert (in_flight(limiter), admitted(limiter)) == (0, len(found))
-    assert len(openai_api.requests) == len(found)
+    assert len(api.requests) == len(found)
 
 
 @pytest.mark.parametrize("outside", [True, False], ids=["wrapped outside", "wrapped inside"])
-async def test_structured_llm_is_paced_once(
-    limiter: Limiter, openai_api: ScriptedOpenAI, *, outside: bool
-) -> None:
+async def test_structured_llm_pays(limiter: Limiter, api: FakeAPI, *, outside: bool) -> None:
     llm = make_openai()
     structured = (
         limiter.wrap(llm.as_structured_llm(Person))
@@ -175,22 +169,22 @@ async def test_structured_llm_is_paced_once(
     await asyncio.to_thread(structured.complete, "hi")
     assert isinstance(reply.raw, Person)
     assert limiter.wrap(structured) is structured
-    assert admitted(limiter) == len(openai_api.requests) == 3
+    assert admitted(limiter) == len(api.requests) == 3
 
 
 @pytest.mark.parametrize("make", [make_openai, make_responses, MockLLM], ids=name_of)
 async def test_pacing_adds_no_spans_or_events(
-    make: Callable[[], LLM], openai_api: ScriptedOpenAI, instrumentation: Instrumentation
+    make: Callable[[], LLM], api: FakeAPI, instrumentation: Instrumentation
 ) -> None:
     for call in ASYNC_CALLS.values():
         await call(make())
         plain = instrumentation.take()
         await call(Limiter("100 RPM").wrap(make()))
         assert instrumentation.take() == plain
-    assert openai_api.requests or make is MockLLM
+    assert api.requests or make is MockLLM
 
 
-async def test_wait_event_is_emitted_before_call_starts(
+async def test_wait_event_comes_first(
     virtual_time: VirtualTime, instrumentation: Instrumentation
 ) -> None:
     limiter = Limiter("2/s burst 1", name="mine", clock=virtual_time.clock)
@@ -207,9 +201,7 @@ async def test_wait_event_is_emitted_before_call_starts(
     assert second[:2] == ["RateLimitWaitEvent", "LLMCompletionStartEvent"]
 
 
-def test_refusals_retries_and_pauses_are_reported_with_numbers(
-    limiter: Limiter, instrumentation: Instrumentation
-) -> None:
+def test_refusals_are_told_with_numbers(limiter: Limiter, instrumentation: Instrumentation) -> None:
     common: dict[str, Any] = {"limiter": "default", "at": 1.0}
     refusal: dict[str, Any] = {"reason": "timeout", "bound_by": "tokens", "retry_after": 3.0}
     retry: dict[str, Any] = {"attempt": 1, "error": "HTTP 429", "delay": 2.0}
@@ -256,16 +248,14 @@ async def test_invalid_or_failed_estimate_fails_the_call_without_sending_or_retr
     assert (now.admitted, now.upstream_429, now.waiting) == (0, 0, 0)
 
 
-async def test_messages_added_before_admission_are_not_sent(
-    limiter: Limiter, openai_api: ScriptedOpenAI
-) -> None:
+async def test_messages_added_too_late_are_not_sent(limiter: Limiter, api: FakeAPI) -> None:
     llm = limiter.wrap(make_openai())
     messages = [ChatMessage("one")]
     limiter.observe(lambda _: messages.append(ChatMessage("two")))
     await llm.achat(messages)
     del messages[1:]
     llm.chat(messages)
-    assert [len(body["messages"]) for body in openai_api.bodies] == [1, 1]
+    assert [len(body["messages"]) for body in api.bodies] == [1, 1]
 
 
 async def test_task_that_outlives_its_call_pays_for_its_own_calls(limiter: Limiter) -> None:
@@ -315,7 +305,7 @@ def openai_embedding(**options: Any) -> OpenAIEmbedding:
 
 
 async def test_batch_text_and_query_are_one_admission_and_one_request_each(
-    limiter: Limiter, openai_api: ScriptedOpenAI, instrumentation: Instrumentation
+    limiter: Limiter, api: FakeAPI, instrumentation: Instrumentation
 ) -> None:
 
     async def use(model: BaseEmbedding) -> None:
@@ -331,25 +321,25 @@ async def test_batch_text_and_query_are_one_admission_and_one_request_each(
     await use(limiter.wrap(openai_embedding()))
     assert instrumentation.take() == plain
     assert (admitted(limiter), in_flight(limiter)) == (10, 0)
-    assert len(openai_api.requests) == 10 * 2
+    assert len(api.requests) == 10 * 2
 
 
-async def test_cached_embeddings_are_free(limiter: Limiter, openai_api: ScriptedOpenAI) -> None:
+async def test_cached_embeddings_are_free(limiter: Limiter, api: FakeAPI) -> None:
     model = limiter.wrap(openai_embedding(embeddings_cache=SimpleKVStore()))
     for _ in range(2):
         await model.aget_text_embedding_batch(TEXTS)
         await asyncio.to_thread(model.get_text_embedding_batch, TEXTS)
         await model.aget_query_embedding(TEXTS[0])
-        assert (admitted(limiter), len(openai_api.requests)) == (3, 3)
+        assert (admitted(limiter), len(api.requests)) == (3, 3)
 
 
-async def test_batch_is_settled_by_usage_that_sdk_receives(openai_api: ScriptedOpenAI) -> None:
+async def test_batch_is_settled_by_usage_that_sdk_receives(api: FakeAPI) -> None:
     limiter = Limiter("100k TPM")
     estimator = DefaultEstimator()
     model = limiter.wrap(openai_embedding(), estimator=estimator)
     await model.aget_text_embedding_batch(["öööö"] * 20)
     await asyncio.to_thread(model.get_text_embedding_batch, ["öööö"] * 20)
-    assert charged(limiter) == [openai_api.tokens] == [40]  # by bytes it would be 80
+    assert charged(limiter) == [api.tokens] == [40]  # by bytes it would be 80
     assert estimator.completion(MockLLM(), "hi", {}).output_tokens == 256
 
 
@@ -367,9 +357,7 @@ async def test_batch_that_sends_its_texts_one_by_one_is_charged_for_each(
     assert (admitted(limiter), charged(limiter)[0]) == (admissions, 12)
 
 
-async def test_async_fallback_to_synchronous_embedding_does_not_block_loop(
-    limiter: Limiter,
-) -> None:
+async def test_fallback_to_synchronous_embedding_does_not_block_loop(limiter: Limiter) -> None:
     model = limiter.wrap(OnlySync())
     lease = await limiter.acquire()
     waiting = asyncio.create_task(model.aget_text_embedding("a"))

@@ -29,8 +29,8 @@ from tests.llama_index.conftest import (
     API_BASE,
     KEY,
     MESSAGES,
+    FakeAPI,
     Reader,
-    ScriptedOpenAI,
     admitted,
     charged,
     in_flight,
@@ -80,9 +80,9 @@ class LazyEmbedding(OpenAIEmbedding):  # type: ignore[misc]  # untyped where it 
     ],
 )
 def test_call_refused_every_time_makes_as_many_requests_as_retry_says(
-    make: Callable[..., Any], openai_api: ScriptedOpenAI, virtual_time: VirtualTime
+    make: Callable[..., Any], api: FakeAPI, virtual_time: VirtualTime
 ) -> None:
-    openai_api.refuse(429, times=200)
+    api.refuse(429, times=200)
     limiter = Limiter("1000 RPM", clock=virtual_time.clock)
     inner = make(max_retries=3)
     for retry, requests in ((None, 5), (False, 6)):
@@ -91,7 +91,7 @@ def test_call_refused_every_time_makes_as_many_requests_as_retry_says(
         call = model.achat(MESSAGES) if is_llm else model.aget_text_embedding_batch(["one", "two"])
         with pytest.raises(Exception, match="scripted") as raised:
             virtual_time.run(call)
-        assert len(openai_api.requests) == admitted(limiter) == requests
+        assert len(api.requests) == admitted(limiter) == requests
         assert retry is False or "asyncbucket: tried 5 times" in raised.value.__notes__[0]
 
 
@@ -107,14 +107,12 @@ async def test_booking_is_dated_when_its_request_is_made_and_again_when_the_body
     assert len(dated) == 2
 
 
-def test_attempts_without_a_connection_cost_nothing_and_a_lost_reply_does(
-    openai_api: ScriptedOpenAI, virtual_time: VirtualTime
-) -> None:
+def test_lost_reply_costs_but_no_lost_connection(api: FakeAPI, virtual_time: VirtualTime) -> None:
     errors = httpx.ConnectError("refused"), httpx.ConnectTimeout("slow"), httpx.ReadError("lost")
-    openai_api.script = list(errors)
+    api.script = list(errors)
     limiter = Limiter("2 RPM burst 2", clock=virtual_time.clock)
     virtual_time.run(limiter.wrap(make_openai()).achat(MESSAGES))
-    assert len(openai_api.requests) == 4
+    assert len(api.requests) == 4
     assert charged(limiter) == [2]
 
 
@@ -149,13 +147,11 @@ async def test_model_keeps_the_strict_window_if_it_is_not_to_learn(
 
 
 @pytest.mark.parametrize(("host", "counted"), [("api.groq.com", 26), ("llm.test", 90)])
-async def test_cached_tokens_count_as_the_provider_counts_them(
-    openai_api: ScriptedOpenAI, host: str, counted: int
-) -> None:
+async def test_cached_tokens_count_as_at_provider(api: FakeAPI, host: str, counted: int) -> None:
     usage: dict[str, Any] = {"prompt_tokens": 90, "completion_tokens": 7, "total_tokens": 97}
     usage |= {"prompt_tokens_details": {"cached_tokens": 64}}
     choices = [{"message": {"role": "assistant", "content": "hi"}}]
-    openai_api.script = [httpx.Response(200, json={"choices": choices, "usage": usage})]
+    api.script = [httpx.Response(200, json={"choices": choices, "usage": usage})]
     limiter = Limiter("100k ITPM")
     await limiter.wrap(make_like(api_base=f"https://{host}/v1")).achat(MESSAGES)
     assert charged(limiter) == [counted]
@@ -163,10 +159,10 @@ async def test_cached_tokens_count_as_the_provider_counts_them(
 
 @pytest.mark.parametrize(("status", "slots"), [(503, 3), (400, 4)])
 async def test_overload_error_cuts_slots_and_bad_request_does_not(
-    openai_api: ScriptedOpenAI, reader: Reader, status: int, slots: int
+    api: FakeAPI, reader: Reader, status: int, slots: int
 ) -> None:
     for streaming in (False, True):
-        openai_api.refuse(status)
+        api.refuse(status)
         limiter = Limiter(concurrency="auto")
         llm = limiter.wrap(make_openai(), retry=False)
         with pytest.raises(openai.APIStatusError):
@@ -202,7 +198,7 @@ def test_call_is_sent_once_on_each_of_several_event_loops(
     assert not caplog.records
 
 
-@pytest.mark.usefixtures("openai_api")
+@pytest.mark.usefixtures("api")
 async def test_first_request_needs_no_thread_while_all_threads_wait_for_its_slot() -> None:
     limiter = Limiter(concurrency=1)
     llm = limiter.wrap(make_openai())
@@ -220,7 +216,7 @@ async def test_first_request_needs_no_thread_while_all_threads_wait_for_its_slot
     assert len(done) == 2
 
 
-def test_model_wrapped_twice_has_one_transport_by_loop_for_each_proxy(
+def test_model_wrapped_twice_has_one_transport_by_loop(
     limiter: Limiter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("NO_PROXY")
@@ -254,9 +250,7 @@ WAYS: list[Callable[[OpenAI], object]] = [
 
 
 @pytest.mark.parametrize("put_behind", WAYS)
-def test_native_rate_limiter_causes_a_warning_at_the_callers_line(
-    put_behind: Callable[[OpenAI], object],
-) -> None:
+def test_native_rate_limiter_warns_the_caller(put_behind: Callable[[OpenAI], object]) -> None:
     inner = OpenAI(api_key=KEY, rate_limiter=TokenBucketRateLimiter(requests_per_minute=10))
     with pytest.warns(UserWarning, match="OpenAI has a rate_limiter of its own") as caught:
         put_behind(inner)

@@ -28,7 +28,7 @@ from pydantic import BaseModel
 
 from asyncbucket.llama_index.estimate import DefaultEstimator
 from asyncbucket.providers.usage import Usage, usage_of
-from tests.llama_index.conftest import API_BASE, Person, ScriptedOpenAI
+from tests.llama_index.conftest import API_BASE, FakeAPI, Person
 
 
 def weather(city: str, days: int = 1) -> str:
@@ -70,13 +70,13 @@ def input_of(*blocks: ContentBlock, **options: Any) -> int:
     ],
 )
 async def test_estimate_is_at_least_a_quarter_of_the_bytes_sent(
-    openai_api: ScriptedOpenAI, cls: Any, text: str, kwargs: dict[str, Any]
+    api: FakeAPI, cls: Any, text: str, kwargs: dict[str, Any]
 ) -> None:
     llm = cls(model="gpt-4o-mini", api_key="k", api_base=API_BASE, max_retries=0)
     messages = [ChatMessage("Be brief.", role="system"), ChatMessage(text), ChatMessage("?")]
     await llm.achat(messages, **kwargs)
     estimate = chat_tokens(llm, messages, **kwargs)
-    sent = len(openai_api.requests[0].content) / 4
+    sent = len(api.requests[0].content) / 4
     assert sent <= estimate <= sent + 64
 
 
@@ -153,9 +153,7 @@ def test_embedding_estimate_sums_its_texts_and_is_at_least_one() -> None:
         ({}, {"n": 4}, None),
     ],
 )
-def test_output_is_the_limit_of_call_or_model_or_else_foreseen(
-    of_model: Any, of_call: Any, output: int | None
-) -> None:
+def test_output_is_limited_or_foreseen(of_model: Any, of_call: Any, output: int | None) -> None:
     estimate = DefaultEstimator().completion(OpenAI(api_key="k", **of_model), "?", of_call)
     assert (estimate.output_tokens, estimate.foreseen) == (output or 256, output is None)
 

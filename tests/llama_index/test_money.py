@@ -17,7 +17,7 @@ from asyncbucket import BudgetExceeded, Limiter, Pool, Price, UnknownPrice, budg
 from asyncbucket.engine.events import Released
 from asyncbucket.llama_index import Retry
 from asyncbucket.testing import RateLimitedProvider
-from tests.llama_index.conftest import API_BASE, MESSAGES, Reader, ScriptedOpenAI, ask, make_openai
+from tests.llama_index.conftest import API_BASE, MESSAGES, FakeAPI, Reader, ask, make_openai
 
 #: A token costs a micro-dollar, so the provider's own count of tokens is one of dollars.
 PRICES = {"gpt-4o-mini": Price(input=1, output=1), "gpt-4o": Price(input=20, output=20)}
@@ -28,9 +28,7 @@ def micro(amounts: Mapping[str, float]) -> int:
 
 
 @pytest.mark.parametrize("name", ["chat", "stream_complete"])
-def test_call_reserves_the_most_that_it_can_cost_and_settles_what_it_did(
-    name: str, openai_api: ScriptedOpenAI
-) -> None:
+def test_call_reserves_the_most_it_can_cost_and_settles(name: str, api: FakeAPI) -> None:
     limiter = Limiter("1 USD/day", prices=PRICES)
     reserved: list[int] = []
     limiter.observe(
@@ -40,17 +38,17 @@ def test_call_reserves_the_most_that_it_can_cost_and_settles_what_it_did(
     with budget(usd=0.01) as capped:
         reply = getattr(llm, name)(MESSAGES if "chat" in name else "hi")
         list(reply) if "stream" in name else None
-    assert limiter.statistics().limits[0].used == micro(capped.spent) == openai_api.tokens
-    assert 50 + len(openai_api.requests[0].content) <= reserved[0] < 400  # a token is a byte
+    assert limiter.statistics().limits[0].used == micro(capped.spent) == api.tokens
+    assert 50 + len(api.requests[0].content) <= reserved[0] < 400  # a token is a byte
 
 
-def test_retried_call_spends_what_the_provider_charges(openai_api: ScriptedOpenAI) -> None:
-    openai_api.refuse(500, times=2)
+def test_retried_call_spends_what_the_provider_charges(api: FakeAPI) -> None:
+    api.refuse(500, times=2)
     limiter = Limiter(prices=PRICES)
     llm = limiter.wrap(make_openai(max_tokens=50), retry=Retry(attempts=3, backoff=0.001))
     with budget(usd=0.01, requests=5) as capped:
         llm.chat(MESSAGES)
-    assert micro(capped.spent) == openai_api.tokens
+    assert micro(capped.spent) == api.tokens
     assert (capped.spent["requests"], micro(capped.reserved)) == (3, 0)
 
 
@@ -83,20 +81,18 @@ def voting(cls: Any, *, api_base: str = API_BASE) -> Any:
     ("cap", "requests"), [({"usd": 0.004}, 3), ({"usd": 0.0006}, 1), ({"requests": 2}, 2)]
 )
 async def test_each_of_several_requests_within_a_call_is_reserved_or_refused(
-    openai_api: ScriptedOpenAI, reader: Reader, cls: Any, cap: Any, requests: int
+    api: FakeAPI, reader: Reader, cls: Any, cap: Any, requests: int
 ) -> None:
     """Each may cost some 400 micro-dollars."""
     llm = Limiter(prices=PRICES).wrap(voting(cls))
     refused = contextlib.nullcontext() if requests == 3 else pytest.raises(BudgetExceeded)
     with budget(**cap) as capped, refused:
         await reader.call(llm, "chat", [ChatMessage("hi " * 30)])
-    assert len(openai_api.requests) == requests
+    assert len(api.requests) == requests
     assert all(capped.spent[name] <= most for name, most in cap.items())
 
 
-def test_call_in_a_pool_costs_what_the_model_of_its_member_costs(
-    openai_api: ScriptedOpenAI,
-) -> None:
+def test_call_in_a_pool_costs_what_its_members_model_does(api: FakeAPI) -> None:
     pool = Pool(
         *(Limiter(name=name, concurrency=1, prices=PRICES) for name in "ab"), prefer="first"
     )
@@ -105,20 +101,18 @@ def test_call_in_a_pool_costs_what_the_model_of_its_member_costs(
         llm.chat(MESSAGES)
     with budget(usd=1) as second, pool.members[0].acquire_sync():
         llm.chat(MESSAGES)
-    assert [body["model"] for body in openai_api.bodies] == ["gpt-4o-mini", "gpt-4o"]
-    assert micro(first.spent) == openai_api.tokens // 2
+    assert [body["model"] for body in api.bodies] == ["gpt-4o-mini", "gpt-4o"]
+    assert micro(first.spent) == api.tokens // 2
     assert micro(second.spent) == 20 * micro(first.spent)
 
 
-def test_refusal_of_the_last_request_of_a_call_does_not_refund_those_before(
-    openai_api: ScriptedOpenAI,
-) -> None:
-    openai_api.script = [None, None]
-    openai_api.refuse(400)
+def test_refusal_of_a_calls_last_request_refunds_none_before(api: FakeAPI) -> None:
+    api.script = [None, None]
+    api.refuse(400)
     llm = Limiter(prices=PRICES).wrap(voting(Voting))
     with budget(usd=1) as capped, pytest.raises(BadRequestError):
         llm.chat(MESSAGES)
-    assert micro(capped.spent) >= openai_api.tokens > 0
+    assert micro(capped.spent) >= api.tokens > 0
 
 
 async def test_requests_of_a_call_that_leave_together_do_not_exceed_a_cap() -> None:

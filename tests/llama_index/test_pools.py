@@ -20,10 +20,10 @@ from tests.llama_index.conftest import (
     MESSAGES,
     PROMPT,
     TOOL,
+    FakeAPI,
     Instrumentation,
     Person,
     Reader,
-    ScriptedOpenAI,
     admitted,
     ask,
     charged,
@@ -49,7 +49,7 @@ def llm(pool: Pool) -> OpenAI:
     return llm
 
 
-def hosts_asked(api: ScriptedOpenAI) -> list[str]:
+def hosts_asked(api: FakeAPI) -> list[str]:
     """Return which model asked: OpenAI's and Azure's have paths of their own."""
     return ["two" if "/deployments/" in str(each.url) else "one" for each in api.requests]
 
@@ -60,61 +60,59 @@ def hosts_asked(api: ScriptedOpenAI) -> list[str]:
     [("chat", MESSAGES), ("chat_with_tools", [TOOL], "hi"), ("structured_predict", Person, PROMPT)],
 )
 async def test_call_is_made_with_the_model_of_its_member(
-    pool: Pool, llm: OpenAI, reader: Reader, openai_api: ScriptedOpenAI, member: str, call: Any
+    pool: Pool, llm: OpenAI, reader: Reader, api: FakeAPI, member: str, call: Any
 ) -> None:
     if member == "two":
         pool.members[0].pause(60)
     method, *arguments = call
     assert await reader.call(llm, method, *arguments)
 
-    assert hosts_asked(openai_api) == [member]
+    assert hosts_asked(api) == [member]
     took = pool.members[member == "two"]
-    assert (admitted(pool.members[0]), charged(took)) == (member == "one", [1, openai_api.tokens])
+    assert (admitted(pool.members[0]), charged(took)) == (member == "one", [1, api.tokens])
     assert in_flight(pool) == in_flight(took) == 0
 
 
 async def test_stream_is_read_from_its_member_and_ends_with_its_usage(
-    pool: Pool, llm: OpenAI, reader: Reader, openai_api: ScriptedOpenAI
+    pool: Pool, llm: OpenAI, reader: Reader, api: FakeAPI
 ) -> None:
-    openai_api.refuse(429, {"retry-after": "30"})
+    api.refuse(429, {"retry-after": "30"})
 
     items = await reader.read(llm)
 
     assert "".join(item.delta or "" for item in items) == "You said: hi"
-    assert hosts_asked(openai_api) == ["one", "two"]
+    assert hosts_asked(api) == ["one", "two"]
     assert [charged(member)[0] for member in pool.members] == [1, 1]
-    assert charged(pool.members[1]) == [1, openai_api.tokens]
+    assert charged(pool.members[1]) == [1, api.tokens]
     assert [member.statistics().paused > 0 for member in pool.members] == [True, False]
     assert in_flight(pool) == 0
 
 
 async def test_member_that_fails_is_left_out_and_its_call_made_with_another_model(
-    pool: Pool, llm: OpenAI, reader: Reader, openai_api: ScriptedOpenAI
+    pool: Pool, llm: OpenAI, reader: Reader, api: FakeAPI
 ) -> None:
-    openai_api.script.append(httpx.ConnectError("refused"))
+    api.script.append(httpx.ConnectError("refused"))
 
     replies = [await reader.call(llm, "chat", MESSAGES) for _ in range(2)]
 
     assert [str(reply) for reply in replies] == ["assistant: You said: hi"] * 2
-    assert hosts_asked(openai_api) == ["one", "two", "two"]
+    assert hosts_asked(api) == ["one", "two", "two"]
     assert [state.left_out == 0 for state in pool.states()] == [False, True]
 
 
-async def test_agents_and_structured_models_use_the_pool(
-    pool: Pool, llm: OpenAI, openai_api: ScriptedOpenAI
-) -> None:
+async def test_agents_use_the_pool(pool: Pool, llm: OpenAI, api: FakeAPI) -> None:
     structured = llm.as_structured_llm(Person)
     assert pool.wrap(structured) is structured
     assert (await structured.achat(MESSAGES)).raw == Person(name="text")
     agent = pool.wrap(FunctionAgent(llm=pool.child("chat").wrap(llm), streaming=False))
     pool.members[0].pause(60)
     assert str(await ask(agent)) == "You said: look up 1 and 2"
-    assert hosts_asked(openai_api) == ["one", "two"]
+    assert hosts_asked(api) == ["one", "two"]
     assert admitted(pool.children["chat"]) == 1
 
 
 async def test_call_at_another_member_has_the_same_events_and_callbacks_that_are_set_later(
-    pool: Pool, openai_api: ScriptedOpenAI, instrumentation: Instrumentation
+    pool: Pool, api: FakeAPI, instrumentation: Instrumentation
 ) -> None:
     second = make_azure()
     llm = pool.wrap([make_openai(), second])
@@ -127,17 +125,15 @@ async def test_call_at_another_member_has_the_same_events_and_callbacks_that_are
 
     assert instrumentation.take() == plain
     assert second.callback_manager is manager
-    assert len(openai_api.requests) == 2
+    assert len(api.requests) == 2
 
 
-async def test_embeddings_come_from_any_member(
-    pool: Pool, reader: Reader, openai_api: ScriptedOpenAI
-) -> None:
+async def test_embeddings_come_from_any_member(pool: Pool, reader: Reader, api: FakeAPI) -> None:
     model = pool.wrap([OpenAIEmbedding(api_key=key, api_base=API_BASE) for key in ("one", "two")])
     for _ in range(2):
         await reader.call(model, "get_query_embedding", "hi")
         pool.members[0].pause(60)
-    keys = [each.headers["authorization"] for each in openai_api.requests]
+    keys = [each.headers["authorization"] for each in api.requests]
     assert keys == ["Bearer one", "Bearer two"]
 
 
@@ -171,9 +167,7 @@ SERVE = (
         ),
     ],
 )
-def test_models_that_cannot_serve_as_one_are_refused(
-    pool: Pool, models: Callable[[], Any], message: str
-) -> None:
+def test_unlike_models_are_refused(pool: Pool, models: Callable[[], Any], message: str) -> None:
     with pytest.raises(TypeError, match=message):
         pool.wrap(models())
 

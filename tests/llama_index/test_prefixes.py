@@ -65,9 +65,7 @@ async def read(llm: Any, own: str, *, stream: bool) -> None:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-async def test_chat_is_charged_what_is_left_once_a_reply_has_begun(
-    virtual_time: VirtualTime, *, stream: bool
-) -> None:
+async def test_chat_is_charged_what_is_left(virtual_time: VirtualTime, *, stream: bool) -> None:
     limiter = Limiter(itpm=1_000_000, clock=virtual_time.clock)
     llm = limiter.wrap(Cached(max_tokens=None))
     first = asyncio.create_task(read(llm, "a", stream=stream))
@@ -108,9 +106,7 @@ def test_chat_asks_for_the_cache_by_points_by_arguments_and_by_the_model() -> No
     assert body["messages"][0]["content"][1]["cachePoint"]["ttl"] == "5m"
 
 
-async def test_conversation_stays_at_the_member_of_a_pool_that_served_it(
-    virtual_time: VirtualTime,
-) -> None:
+async def test_conversation_stays_at_the_member_that_served_it(virtual_time: VirtualTime) -> None:
     members = [Limiter("600 RPM", name=name, clock=virtual_time.clock) for name in ("one", "two")]
     llm = Pool(*members).wrap([Cached(max_tokens=None), Cached(max_tokens=None)])
 

@@ -22,9 +22,9 @@ from asyncbucket.testing import VirtualTime
 from tests.llama_index.conftest import (
     API_BASE,
     MESSAGES,
+    FakeAPI,
     Instrumentation,
     Reader,
-    ScriptedOpenAI,
     admitted,
     charged,
     in_flight,
@@ -32,9 +32,7 @@ from tests.llama_index.conftest import (
 )
 
 
-async def test_stream_takes_nothing_before_it_is_read_and_holds_its_slot_to_its_end(
-    limiter: Limiter, reader: Reader
-) -> None:
+async def test_stream_holds_its_slot_while_it_is_read(limiter: Limiter, reader: Reader) -> None:
     llm = limiter.wrap(MockLLM(max_tokens=1))
     await reader.close(await reader.begin(llm))
     stream = await reader.begin(llm)
@@ -73,9 +71,7 @@ class Breaking(MockLLM):
 
 
 @pytest.mark.parametrize("end", ["closed twice", "broken", "thrown"])
-async def test_ended_stream_gives_its_slot_back_and_stays_at_its_end(
-    limiter: Limiter, reader: Reader, end: str
-) -> None:
+async def test_ended_stream_gives_its_slot_back(limiter: Limiter, reader: Reader, end: str) -> None:
     llm: Any = limiter.wrap(Breaking(max_tokens=None))
     stream = await reader.begin(llm)
     await reader.next(stream)
@@ -118,12 +114,12 @@ class Wire(httpx.AsyncByteStream, httpx.SyncByteStream):
 
 
 @pytest.fixture
-def wire(openai_api: ScriptedOpenAI) -> Generator[Wire]:
+def wire(api: FakeAPI) -> Generator[Wire]:
     """Answer a second attempt at a stream."""
     wire = Wire()
-    openai_api.refuse(429, {"retry-after-ms": "1"})
+    api.refuse(429, {"retry-after-ms": "1"})
     headers = {"content-type": "text/event-stream"}
-    openai_api.script.append(httpx.Response(200, headers=headers, stream=wire))
+    api.script.append(httpx.Response(200, headers=headers, stream=wire))
     gc.disable()
     yield wire
     gc.enable()
@@ -248,7 +244,7 @@ async def test_stream_events_carry_tags_and_span_of_caller(
     ids=["by us", "by the call", "by the model", "declined by the model"],
 )
 async def test_stream_is_settled_by_its_usage_which_is_seen_only_if_the_user_asks_for_it(
-    openai_api: ScriptedOpenAI,
+    api: FakeAPI,
     instrumentation: Instrumentation,
     of_call: Any,
     of_model: Any,
@@ -259,34 +255,34 @@ async def test_stream_is_settled_by_its_usage_which_is_seen_only_if_the_user_ask
     limiter = Limiter("100k TPM")
     llm = limiter.wrap(make_openai(additional_kwargs=of_model))
     chunks: list[Any] = [chunk async for chunk in await llm.astream_chat(MESSAGES, **of_call)]
-    assert openai_api.bodies[0]["stream_options"] == sent
+    assert api.bodies[0]["stream_options"] == sent
     assert instrumentation.events.count("LLMChatInProgressEvent") == len(chunks)
     assert bool(chunks[-1].raw.usage) == is_seen
     assert bool(chunks[-1].raw.choices) != is_seen
-    assert (charged(limiter) == [openai_api.tokens]) == bool(sent)
+    assert (charged(limiter) == [api.tokens]) == bool(sent)
 
 
-async def test_provider_that_refuses_usage_option_is_asked_only_once(
-    limiter: Limiter, openai_api: ScriptedOpenAI, reader: Reader
+async def test_refused_usage_option_is_sent_only_once(
+    limiter: Limiter, api: FakeAPI, reader: Reader
 ) -> None:
     llm = limiter.wrap(make_openai())
-    openai_api.refuse(400, message="Unrecognized request argument: stream_options")
+    api.refuse(400, message="Unrecognized request argument: stream_options")
     for _ in range(2):
         assert await reader.read(llm)
-    assert ["stream_options" in body for body in openai_api.bodies] == [True, False, False]
+    assert ["stream_options" in body for body in api.bodies] == [True, False, False]
     assert (admitted(limiter), in_flight(limiter)) == (3, 0)
 
 
 async def test_stream_rejected_at_first_item_gives_its_slot_back_and_is_not_retried(
-    limiter: Limiter, openai_api: ScriptedOpenAI, reader: Reader
+    limiter: Limiter, api: FakeAPI, reader: Reader
 ) -> None:
-    openai_api.refuse(400)
+    api.refuse(400)
     with pytest.raises(openai.APIStatusError, match="scripted"):
         await reader.read(limiter.wrap(make_openai()))
-    assert (len(openai_api.requests), in_flight(limiter)) == (1, 0)
+    assert (len(api.requests), in_flight(limiter)) == (1, 0)
 
 
-async def test_call_collecting_a_stream_is_settled_by_its_usage(openai_api: ScriptedOpenAI) -> None:
+async def test_call_collecting_a_stream_is_settled_by_its_usage(api: FakeAPI) -> None:
     class Within(OpenAI):
         async def achat(self, messages: Any, **_: Any) -> Any:
             return [part async for part in await self.astream_chat(messages)][-1]
@@ -298,5 +294,5 @@ async def test_call_collecting_a_stream_is_settled_by_its_usage(openai_api: Scri
     llm = limiter.wrap(Within(api_key="k", api_base=API_BASE))
     await llm.achat(MESSAGES)
     await asyncio.to_thread(llm.chat, MESSAGES)
-    assert len(openai_api.requests) == admitted(limiter) == 2
-    assert (in_flight(limiter), charged(limiter)) == (0, [openai_api.tokens])
+    assert len(api.requests) == admitted(limiter) == 2
+    assert (in_flight(limiter), charged(limiter)) == (0, [api.tokens])

@@ -32,7 +32,7 @@ from asyncbucket.levels import levels, terms_of
 from asyncbucket.llama_index import DefaultEstimator, limiter_of
 from asyncbucket.llama_index.paced import pacing_of
 from asyncbucket.testing import RateLimitedProvider
-from tests.llama_index.conftest import KEY, MESSAGES, Person, ScriptedOpenAI, admitted, make_openai
+from tests.llama_index.conftest import KEY, MESSAGES, FakeAPI, Person, admitted, make_openai
 
 
 def predict_ada(*_: Any, **__: Any) -> Person:
@@ -233,14 +233,12 @@ def test_output_forecast_is_cut_to_lowest_limit_of_any_level() -> None:
         chat.wrap(MockLLM(max_tokens=200)).complete("hi")
 
 
-async def test_429_at_a_child_pauses_highest_level_with_limits_and_its_retry_names_the_child(
-    openai_api: ScriptedOpenAI,
-) -> None:
+async def test_429_at_a_child_pauses_highest_level_with_limits(api: FakeAPI) -> None:
     everything = Limiter(concurrency=100, name="all")
     openai = everything.child("openai", "100 RPM")
     heard: list[str] = []
     everything.observe(lambda event: heard.append(f"{type(event).__name__} {event.limiter}"))
-    openai_api.refuse(429, {"retry-after-ms": "1"})
+    api.refuse(429, {"retry-after-ms": "1"})
     with asyncbucket.tenant("acme"):
         await openai.child("chat").wrap(make_openai()).achat(MESSAGES)
     assert [each for each in heard if each.startswith(("Paused", "Retried"))] == [
@@ -249,9 +247,7 @@ async def test_429_at_a_child_pauses_highest_level_with_limits_and_its_retry_nam
     ]
 
 
-async def test_refusals_that_no_transport_sees_teach_how_the_provider_counts(
-    limiter: Limiter,
-) -> None:
+async def test_refusals_no_transport_sees_teach_how_it_counts(limiter: Limiter) -> None:
     class RefusedError(Exception):
         status_code = 429
         headers: ClassVar = {"retry-after-ms": "1"}
@@ -315,9 +311,7 @@ def use(pickled: list[bytes]) -> tuple[list[list[Any]], list[int], list[str]]:
 
 
 @pytest.mark.parametrize("method", ["spawn", "fork"])
-def test_copies_in_another_process_share_one_rebuilt_limiter_tree_and_a_store(
-    method: str, tmp_path: Path
-) -> None:
+def test_copies_in_another_process_share_one_rebuilt_tree(method: str, tmp_path: Path) -> None:
     root = Limiter("100 RPM burst 7", concurrency=5, name="openai", timeout=50, max_queue=90)
     acme = root.child("acme", "10k TPM", weight=3, priority="batch", max_queue=9)
     chat = acme.child("chat", "5k TPM", concurrency=2, timeout=20)

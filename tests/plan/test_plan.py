@@ -67,9 +67,7 @@ def test_calls_that_can_never_pass_are_counted_or_an_error_if_all_are_such() -> 
 
 
 @pytest.mark.parametrize(("calls", "asks"), [(10, True), (11, False)])
-def test_plan_of_many_calls_omits_other_limits(
-    *, calls: int, asks: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_long_plan_omits_others(*, calls: int, asks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(drive, "_MAX_WHAT_IF_CALLS", 10)
     (limit,) = plan(calls=calls, rpm=5).limits
     assert (limit.if_doubled is not None, limit.if_removed is not None) == (asks, asks)
@@ -122,9 +120,7 @@ def test_share_used_of_each_request_limit_follows_its_own_window() -> None:
         ([], {"calls": 5, "arrivals": 8.0}, r"Poisson\(8\.0\), for so many calls a second, not 8"),
     ],
 )
-def test_invalid_arguments_are_refused(
-    limits: list[str], arguments: dict[str, Any], message: str
-) -> None:
+def test_mistakes_are_refused(limits: list[str], arguments: dict[str, Any], message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
         plan(*limits, **arguments)
 
@@ -240,9 +236,7 @@ def test_samples_are_used_once_each_or_drawn_with_replacement() -> None:
         ('{"tokens": "many"}', "line 3: expected a finite number of at least 0, not str"),
     ],
 )
-def test_bad_sample_is_refused_with_its_line_number_empty_ones_counted(
-    tmp_path: Path, line: str, message: str
-) -> None:
+def test_bad_sample_is_refused_by_its_line(tmp_path: Path, line: str, message: str) -> None:
     path = tmp_path / "samples.jsonl"
     path.write_bytes(f"5\n\n{line}\n".encode("utf-8", "surrogateescape"))
     with pytest.raises(ValueError, match=message):

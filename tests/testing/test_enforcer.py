@@ -80,6 +80,6 @@ def test_failed_call_is_charged_but_scripted_429_is_not() -> None:
         (Failure, {"after_chunks": -1}, "after_chunks must be a whole number of at least 0"),
     ],
 )
-def test_invalid_option_is_refused_at_once(kind: Any, options: Any, message: str) -> None:
+def test_invalid_option_is_refused(kind: Any, options: Any, message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=message):
         kind(**options)
