@@ -1,20 +1,10 @@
-"""Providers with their ways of counting, loads, and what pacing may cost there: refusals, and time.
+"""Providers with their ways of counting, loads, and what pacing may cost there: refusals, and time."""
 
-``python -m tests.feedback.grid [part of a name]`` plays all rows at several latencies and seeds, and
-prints what came of each; `test_worlds` plays a few of them.
-"""
-
-import argparse
-import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from asyncbucket.testing.provider import Counting
-from tests.feedback.worlds import NO_HEADERS, NO_RESET, Load, Outcome, World, ideal, play
-
-LATENCIES: Final = (0.2, 0.8, 5.0)
-SEEDS: Final = (0, 1)
+from tests.feedback.worlds import NO_HEADERS, NO_RESET, Load, World, ideal, play
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,65 +161,19 @@ ROWS: Final[dict[str, Row]] = {
 }
 
 
-def over_ideal(seen: Outcome, best: Outcome) -> float:
-    """Return how much longer a load took than it needed, or how much less was done in its time."""
-    return max(seen.seconds / best.seconds, best.done / max(1, seen.done))
-
-
-def failures(row: Row, seen: Outcome, best: Outcome) -> list[str]:
-    """Return what an outcome misses."""
+def failures(row: Row, latency: float) -> list[str]:
+    """Play a row; return what its outcome misses."""
+    seen, best = (way(row.world, row.load, latency=latency) for way in (play, ideal))
     said: list[str] = []
     if seen.lost:
         said.append(f"{seen.lost} calls lost")
     if seen.refused > row.refused:
         said.append(f"{seen.refused} refused, not {row.refused}")
-    if (over := over_ideal(seen, best)) > row.over:
+    # How much longer it took than it needed, or how much less was done in its time.
+    if (over := max(seen.seconds / best.seconds, best.done / max(1, seen.done))) > row.over:
         said.append(f"{over:.2f} times the ideal, not {row.over}")
     if seen.others > row.others:
         said.append(f"{seen.others:.0%} of others refused, not {row.others:.0%}")
     if row.later and (late := sum(at > row.later[0] for at in seen.refused_at)) > row.later[1]:
         said.append(f"{late} refused late, not {row.later[1]}")
     return said
-
-
-def both(row: Row, seed: int, latency: float) -> tuple[Outcome, Outcome]:
-    """Return what came of a row, and the ideal."""
-    seen, best = (way(row.world, row.load, seed=seed, latency=latency) for way in (play, ideal))
-    return seen, best
-
-
-def lines(part: str, latencies: tuple[float, ...], seeds: tuple[int, ...]) -> Iterator[str]:
-    """Play the rows that have ``part`` in their names, and yield the table."""
-    yield "| provider, load | latency | refused / lost / over ideal | others | CPU s | misses |"
-    yield "|---|--:|---|--:|--:|---|"
-    for name, row in ROWS.items():
-        for latency in latencies if part in name else ():
-            pairs = [both(row, seed, latency) for seed in seeds]
-            said = "; ".join(
-                f"{seen.refused} / {seen.lost} / {over_ideal(seen, best):.2f}"
-                for seen, best in pairs
-            )
-            misses = sorted({miss for pair in pairs for miss in failures(row, *pair)})
-            others = max(seen.others for seen, _ in pairs)
-            cpu = sum(seen.cpu + best.cpu for seen, best in pairs)
-            yield (
-                f"| {name} | {latency:g} s | {said} | {others:.0%} | {cpu:.1f} "
-                f"| {', '.join(misses)} |"
-            )
-
-
-def main() -> None:
-    """Print the table."""
-    parser = argparse.ArgumentParser(prog="python -m tests.feedback.grid", description=__doc__)
-    parser.add_argument("part", nargs="?", default="", help="only rows with this in their names")
-    parser.add_argument("--latency", type=float, action="append", help="seconds of a reply")
-    parser.add_argument("--seeds", type=int, default=len(SEEDS))
-    options = parser.parse_args()
-    latencies = tuple(options.latency or LATENCIES)
-    for line in lines(options.part, latencies, tuple(range(options.seeds))):
-        sys.stdout.write(f"{line}\n")
-        sys.stdout.flush()
-
-
-if __name__ == "__main__":
-    main()

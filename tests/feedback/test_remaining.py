@@ -96,6 +96,10 @@ def test_what_others_use_is_measured_and_reserved() -> None:
         hear(remaining, 600 - 9 * second, now)
     assert 230 <= remaining.others.estimate <= 270
     assert not take(remaining, 600 - 240 - 150, now)
+    unheard = told()
+    unheard.book(400, 0)
+    hear(unheard, 200, SECOND)  # calls before the first reply that is read are not others'
+    assert unheard.others.estimate == 0
     far_above_ours = told()
     for second in range(60):
         hear(far_above_ours, 60_000 - 100 * second, second * SECOND)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.feedback.grid import ROWS, both, failures
+from tests.feedback import grid, warm
 
 pytest.importorskip("stamina", reason="transports retry by it")
 
@@ -13,7 +13,14 @@ MEASURED = "told ten times too much, no headers"
 @pytest.mark.parametrize("latency", [0.8, 5.0])
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(row, marks=[] if row == MEASURED else pytest.mark.heavy) for row in ROWS],
+    [pytest.param(row, marks=[] if row == MEASURED else pytest.mark.heavy) for row in grid.ROWS],
 )
 def test_load_is_nearly_as_fast_as_if_the_meter_were_known(name: str, latency: float) -> None:
-    assert failures(ROWS[name], *both(ROWS[name], 0, latency)) == []
+    assert grid.failures(grid.ROWS[name], latency) == []
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("name", warm.ROWS)
+def test_cached_prompts_cost_what_the_provider_will_charge(name: str) -> None:
+    """Agents that share a long prompt use what their provider allows, whatever its cache does."""
+    assert warm.failures(warm.ROWS[name]) == []

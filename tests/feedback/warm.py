@@ -1,12 +1,10 @@
 """Loads that share a long prompt, at providers with a prompt cache, and what pacing may cost there.
 
-``python -m tests.feedback.warm [part of a name]`` plays all rows and prints what came of each;
-`test_warm_worlds` plays a few of them.
+``python -m tests.feedback.warm agents`` says how long the rows with "agents" in their names take.
 """
 
-import argparse
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
@@ -106,10 +104,6 @@ ROWS: Final[dict[str, Row]] = {
 }
 
 
-#: What is not met yet: no test plays these.
-PENDING: Final = frozenset[str]()
-
-
 def used(row: Row, seen: Outcome) -> float:
     """Return how much of what the provider allows was charged, as far as a bucket's refill goes."""
     load, provider = row.load, seen.provider
@@ -120,8 +114,9 @@ def used(row: Row, seen: Outcome) -> float:
     return (new + whole) / (provider.itpm * seen.seconds / 60)
 
 
-def failures(row: Row, seen: Outcome) -> list[str]:
-    """Return what an outcome misses."""
+def failures(row: Row) -> list[str]:
+    """Play a row; return what its outcome misses."""
+    seen = play(row.world, row.load, latency=row.latency, **row.options)
     said: list[str] = []
     statistics = seen.provider.statistics()
     if seen.lost:
@@ -137,32 +132,12 @@ def failures(row: Row, seen: Outcome) -> list[str]:
     return said
 
 
-def lines(part: str) -> Iterator[str]:
-    """Play the rows that have ``part`` in their names, and yield the table."""
-    yield "| provider, load | s | answered / lost / refused | writes | used | CPU s | misses |"
-    yield "|---|--:|---|--:|--:|--:|---|"
-    for name, row in ROWS.items():
-        if part not in name:
-            continue
-        try:
-            seen = play(row.world, row.load, latency=row.latency, **row.options)
-        except TypeError as error:  # an option of the transport that isn't there yet
-            yield f"| {name} | {error} |"
-            continue
-        writes = seen.provider.statistics().cache_writes
-        yield (
-            f"| {name} | {seen.seconds:.0f} | {seen.done} / {seen.lost} / {seen.refused} | {writes} "
-            f"| {used(row, seen):.0%} | {seen.cpu:.1f} | {', '.join(failures(row, seen))} |"
-        )
-
-
 def main() -> None:
-    """Print the table."""
-    parser = argparse.ArgumentParser(prog="python -m tests.feedback.warm", description=__doc__)
-    parser.add_argument("part", nargs="?", default="", help="only rows with this in their names")
-    for line in lines(parser.parse_args().part):
-        sys.stdout.write(f"{line}\n")
-        sys.stdout.flush()
+    """Play the rows that have an argument in their names, and say how long they took."""
+    for name, row in ROWS.items():
+        if sys.argv[-1] in name:
+            seen = play(row.world, row.load, latency=row.latency, **row.options)
+            sys.stdout.write(f"{name}: {seen.seconds:.0f} s, {used(row, seen):.0%} used\n")
 
 
 if __name__ == "__main__":
