@@ -62,7 +62,7 @@ def draw(recorders: Sequence[Recorder]) -> None:
                 seconds = [point[0] for point in recorder.points]
                 axes.step(seconds, [point[part] for point in recorder.points], color, where="post")
             axes.set_xlabel("seconds since the start", fontsize=9)
-            axes.set(xlim=(0, 26), ylim=0)
+            axes.set(xlim=(0, 21), ylim=0, xticks=range(0, 21, 5))
             axes.tick_params(labelsize=8)
         finished.set_title(f"agents that have finished, of {agents}", loc="left", fontsize=10)
         finished.axhline(agents, color=ink, lw=0.6, ls=":")
@@ -76,7 +76,7 @@ def draw(recorders: Sequence[Recorder]) -> None:
             REFUSED,
         )
         done = f"with asyncbucket:\nall after {paced.run.seconds:.1f} s"
-        _label(finished, 7, 0.78 * agents, done, OURS)
+        _label(finished, 5, 0.82 * agents, done, OURS)
         _label(
             refused,
             without.run.seconds + 0.5,
@@ -84,7 +84,7 @@ def draw(recorders: Sequence[Recorder]) -> None:
             f"{refusals[0]} without asyncbucket",
             REFUSED,
         )
-        _label(refused, 7, 0.04 * refusals[0], f"{refusals[1]} with asyncbucket", OURS)
+        _label(refused, 8, 0.04 * refusals[0], f"{refusals[1]} with asyncbucket", OURS)
 
 
 def _label(axes: Axes, seconds: float, count: float, text: str, color: str) -> None:

@@ -60,7 +60,9 @@ def demo(
     rpm: Annotated[int, options.count("The provider's limit, in requests a minute.")] = _RPM,
     seconds: Annotated[
         float,
-        typer.Option(min=2, max=3600, metavar="S", help="How long the paced run should take."),
+        typer.Option(
+            min=2, max=3600, metavar="S", help="About how long the paced run takes, at most."
+        ),
     ] = 24.0,
     quick: Annotated[bool, typer.Option("--quick", help="The same as --seconds 6.")] = False,
 ) -> None:
