@@ -1,8 +1,8 @@
 """Random histories of a tree of limiters, and an oracle that knows nothing of how the core counts.
 
-A history has limiters at any depth, perhaps a pool with members that are also used directly, tenants, limits with bursts and without, slots, priorities,
-deadlines, cancellations, settlements, pauses, changed limits, days that begin anew, and a clock that
-jumps. Everything runs on virtual time. The oracle writes down what each call took at each level, and
+A history has limiters at any depth, perhaps a pool with members that are also used directly and may
+fail, conversations, tenants, limits with bursts and without, slots, priorities, deadlines,
+cancellations, settlements, pauses, changed limits, days that begin anew, and a clock that jumps. Everything runs on virtual time. The oracle writes down what each call took at each level, and
 checks:
 
 - every window of every limit, and every interval of every bucket, at every level, whenever a call
@@ -25,6 +25,7 @@ import argparse
 import asyncio
 import contextlib
 import contextvars
+import functools
 import itertools
 import random
 import sys
@@ -90,6 +91,8 @@ class Call:
     #: Whose calls go in order of arrival: everyone's or, in a history with agents, one agent's.
     agent: int = -1
     when: int | None = None
+    #: Whether it may wait for the member of its conversation, out of line.
+    is_sticky: bool = False
     #: When it gave up or was refused.
     gone: int | None = None
     ended: int | None = None
@@ -258,9 +261,7 @@ class Oracle:
             booked[entry] = booked.get(entry, 0) + units
             if order != ADMITTED or not units:
                 continue
-            total = sum(
-                left for each, left in booked.items() if counts(history[0][1], each.date, when)
-            )
+            total = sum(n for each, n in booked.items() if counts(history[0][1], each.date, when))
             most = max(limit.amount for limit in in_force(history, when, when))
             assert total <= most, f"{level.name}: {total} {resource} of {most} at {when}: {call}"
             paced = [each for each in history if each[0] <= when]
@@ -280,9 +281,7 @@ class Oracle:
         when: int,
         call: Call,
     ) -> None:
-        dated = sorted(
-            (each.date, left) for each, left in booked.items() if left and each.date <= when
-        )
+        dated = sorted((each.date, n) for each, n in booked.items() if n and each.date <= when)
         total = 0
         for date, units in reversed(dated):
             total += units
@@ -291,9 +290,7 @@ class Oracle:
             bursts = [*map(burst_of, in_force(history, date, when))]
             raised = sum(max(0, b - a) for a, b in itertools.pairwise(bursts))
             room = max(bursts[0], together) + raised + refilled(history, date, when)
-            assert total <= room, (
-                f"{level.name}: {total} of {float(room):g} from {date} to {when}: {call}"
-            )
+            assert total <= room, f"{level.name}: {total} of {room} from {date} to {when}: {call}"
 
     def _check_slots(self, level: Level) -> None:
         if not level.slots:
@@ -444,6 +441,8 @@ class History:
         self.chance = random.Random(seed)
         #: Whether shares are compared: see above.
         self.compares = random.Random(f"shares {seed}").random() < 0.2
+        #: What happens with pools alone.
+        self.of_pools = random.Random(f"pools {seed}")
         self.oracle = Oracle()
         self.number = 0
         self.root = self._new_limiter("default")
@@ -522,7 +521,10 @@ class History:
 
     async def look(self) -> None:
         await self.time.all_blocked()
-        self.oracle.assert_nobody_is_stuck(self.now)
+        states = self.root.states() if isinstance(self.root, Pool) else []
+        sticky = any(call.waits and call.is_sticky for call in self.oracle.calls)
+        if not (sticky or any(state.reason for state in states)):
+            self.oracle.assert_nobody_is_stuck(self.now)
 
     def _call(self) -> tuple[Limiter, Call, dict[str, Any]]:
         chance = self.chance
@@ -557,6 +559,11 @@ class History:
             if self.agents and self.chance.random() < 0.8:
                 call.agent = self.chance.choice(list(self.agents))
                 inside = self.agents[call.agent][1]
+        if isinstance(limiter, Pool) and not self.compares and self.of_pools.random() < 0.2:
+            call.is_sticky = True
+            amounts["sticky"] = self.of_pools.choice("pqr")
+            self.number += 1
+            call.agent = self.number
         lease = inside.run(limiter.acquire, **amounts, timeout=timeout, priority=call.priority)
         call.task = self.start(self.run(lease, call, timeout))
 
@@ -617,6 +624,8 @@ class History:
         call.ended = self.now
         ends = [lease.release, lease.overloaded, lease.failed, lease._undo, None]
         end = chance.choice(ends[:3] if self.compares else ends)
+        if isinstance(lease, PoolLease) and not self.compares and self.of_pools.random() < 0.05:
+            end = functools.partial(lease.member_failed, "HTTP 500")
         if end is not None:
             end()
         if end == lease._undo:

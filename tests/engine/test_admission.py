@@ -70,7 +70,7 @@ def instants(way: Way, limits: tuple[str, ...], calls: list[tuple[float, int]]) 
 @given(
     st.lists(
         st.sampled_from(
-            ["6 requests/s burst 2", "9 requests/10s", "90 tokens/3s burst 30", "500 tokens/minute"]
+            ["6 requests/s burst 2", "9 requests/10s", "90 tokens/3s burst 30", "500 TPM"]
         ),
         min_size=1,
         unique_by=lambda text: text.split()[1],

@@ -1,7 +1,6 @@
 """Agents are ordered, not calls: in the order in which fair shares would finish them."""
 
 import asyncio
-import collections
 import contextlib
 import gc
 import statistics
@@ -15,7 +14,7 @@ from asyncbucket.agents import Agents
 from asyncbucket.engine.statistics import AgentStatistics
 from asyncbucket.events import AgentFinished, AgentStarted, Event
 from asyncbucket.testing import VirtualTime, virtual_time
-from benchmarks.agents import MIXES, Agent, alike, heavy_tailed, mixed, play
+from benchmarks.agents import MIXES, play
 
 #: One call a second, one at a time.
 RATE = "60 RPM burst 1"
@@ -232,9 +231,7 @@ async def test_no_agent_starves_beside_callers_that_never_stop(
     }
     if expects is None:
         await loop.research(None)
-    loop.tasks = [
-        asyncio.ensure_future(makes[kind]()) for kind, n in crowd.items() for _ in range(n)
-    ]
+    loop.tasks = [asyncio.ensure_future(makes[k]()) for k, n in crowd.items() for _ in range(n)]
     await asyncio.sleep(5)
     began = time.now
     await loop.research(expects)
@@ -444,36 +441,3 @@ def test_agents_finish_earlier_on_average_than_by_call_or_in_fair_shares(name: s
     assert told.mean <= 0.65 * fair.mean
     assert max(each.most for each in (by_call, fair, learned, told)) <= 400_000
     assert learned.makespan <= 1.02 * by_call.makespan
-
-
-@pytest.mark.heavy
-def test_tenants_get_their_shares_whatever_agents_they_have() -> None:
-    """Within 2 %, while all are busy."""
-    used: collections.Counter[str] = collections.Counter()
-    with virtual_time() as time:
-        key = Limiter("400k TPM burst 6k", clock=time.clock)
-
-        async def call(tenant: Limiter, tokens: int, lasts: float) -> None:
-            async with tenant.acquire(tokens=tokens):
-                if 30 < time.now < 900:
-                    used[tenant.name] += tokens
-                await asyncio.sleep(lasts)
-
-        async def run(tenant: Limiter, work: Agent) -> None:
-            with agent(kind=work.kind):
-                for each in work.rounds:
-                    await asyncio.gather(*(call(tenant, *one) for one in each))
-
-        async def main() -> None:
-            async with asyncio.timeout(900), asyncio.TaskGroup() as group:
-                for weight, agents in (1, mixed(1)), (2, heavy_tailed(2)), (3, alike(3, count=200)):
-                    tenant = key.child(f"{weight}", weight=weight)
-                    for work in agents:
-                        group.create_task(run(tenant, work))
-
-        with contextlib.suppress(TimeoutError):
-            time.run(main())
-    shares = {name: tokens / used.total() for name, tokens in used.items()}
-    assert shares == pytest.approx(
-        {"default/1": 1 / 6, "default/2": 2 / 6, "default/3": 3 / 6}, rel=0.02
-    )

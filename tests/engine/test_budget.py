@@ -420,28 +420,6 @@ async def test_nobody_is_asked_about_calls_that_are_made_to_answer() -> None:
     assert (asked, capped.spent) == ([2], {"usd": 2})
 
 
-async def test_call_refused_while_another_thread_holds_the_lock_gives_its_slot_back() -> None:
-    limiter = Limiter(concurrency=2)
-    pacer = limiter._node.pacer
-
-    def hold(is_held: threading.Event) -> None:
-        with pacer:
-            is_held.set()
-            tick.wait(0.02)
-
-    def refuse(_: BudgetExceeded) -> None:
-        is_held = threading.Event()
-        threading.Thread(target=hold, args=(is_held,)).start()
-        is_held.wait()
-
-    tick = threading.Event()
-    with budget(usd=1, on_exceeded=refuse):
-        async with limiter.acquire(usd=0.6):
-            with pytest.raises(BudgetExceeded):
-                await limiter.acquire(usd=0.6)
-            assert limiter.statistics().in_flight == 1
-
-
 async def test_limits_in_a_store_learn_nothing_of_their_provider(tmp_path: pathlib.Path) -> None:
     limiter = Limiter("10 RPM", store=f"sqlite:///{tmp_path}/limits.db", name="openai")
     meet_provider(limiter)

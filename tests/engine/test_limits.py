@@ -250,9 +250,8 @@ async def test_numpy_numbers_are_accepted_everywhere(time: VirtualTime) -> None:
     """Small ones, too, whose sums would overflow."""
     numpy = pytest.importorskip("numpy")
     n, real, clock = numpy.int8, numpy.float32, time.clock
-    limiter = Limiter(
-        rpm=n(60), tpm=n(100), concurrency=n(3), max_queue=n(5), timeout=n(40), clock=clock
-    )
+    bounds = {"concurrency": n(3), "max_queue": n(5), "timeout": n(40)}
+    limiter = Limiter(rpm=n(60), tpm=n(100), **bounds, clock=clock)
     child = limiter.child("child", weight=n(2), concurrency=(n(1), n(4)))
     async with child.acquire(tokens=n(50), timeout=real(30), priority=n(2)) as lease:
         lease.settle(tokens=real(2.5))

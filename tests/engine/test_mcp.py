@@ -21,10 +21,8 @@ async def test_tool_calls_count_at_the_child_of_the_tools_name() -> None:
     limiter = Limiter("10 RPM", concurrency=2)
     search = limiter.child("search", concurrency=1)
     session: Any = limiter.wrap(Session())
-    assert [await session.call_tool(name) for name in ("search", "add")] == [
-        "called search",
-        "called add",
-    ]
+    called = [await session.call_tool(name) for name in ("search", "add")]
+    assert called == ["called search", "called add"]
     assert (limiter.statistics().admitted, search.statistics().admitted) == (2, 1)
     assert isinstance(session, Session)
     assert limiter.wrap(session) is session

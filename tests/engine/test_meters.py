@@ -182,7 +182,10 @@ DONE: dict[str, tuple[list[tuple[str, Any, float]], int]] = {
     ),
     "refund of what was refilled before another rate": (
         [
-            *[("book", 4, 15), ("book", 2, 20), ("shape", (7, 10), 20), ("book", 3, 20)],
+            ("book", 4, 15),
+            ("book", 2, 20),
+            ("shape", (7, 10), 20),
+            ("book", 3, 20),
             ("unbook", 4, 15),
         ],
         5,
@@ -345,9 +348,7 @@ def test_paced_window_does_as_bucket_and_bare_window(moves: list[tuple[str, int,
         due = max(bare.earliest(amount, now), bucket.earliest(amount, now))
         assert paced.earliest(amount, now) == due
         if verb == "take":
-            may = take(copy.deepcopy(bare), amount, now) and take(
-                copy.deepcopy(bucket), amount, now
-            )
+            may = all(take(copy.deepcopy(each), amount, now) for each in (bare, bucket))
             assert take(paced, amount, now) == may
             if not may:
                 continue

@@ -336,10 +336,7 @@ async def test_priority_comes_from_call_then_context_then_limiter(time: VirtualT
 
 def used_of(limit: Limit, passed: Passed, seconds: float) -> float:
     """Assert that a limit is kept; return which part of it was used after the first window."""
-    trace = [
-        (round(when * 1e9), tokens if limit.resource == "tokens" else 1)
-        for when, _, tokens in passed
-    ]
+    trace = [(round(at * 1e9), n if limit.resource == "tokens" else 1) for at, _, n in passed]
     assert_never_over(trace, limit)
     later = sum(amount for when, amount in trace if limit.per <= when / 1e9 < seconds)
     return later / (limit.amount / limit.per * (seconds - limit.per))

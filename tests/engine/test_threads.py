@@ -95,10 +95,7 @@ def test_children_are_shared_by_loops_and_threads() -> None:
                     look()
 
     with concurrent.futures.ThreadPoolExecutor(6) as pool:
-        jobs = [
-            pool.submit(asyncio.run, asynchronously(key.child(f"loop {number}")))
-            for number in range(3)
-        ]
+        jobs = [pool.submit(asyncio.run, asynchronously(key.child(f"loop {n}"))) for n in range(3)]
         jobs += [pool.submit(synchronously, key.key(f"thread {number}")) for number in range(3)]
         for job in jobs:
             job.result(ENOUGH)
@@ -199,9 +196,8 @@ def test_lowered_limit_fails_calls_that_are_parked(two_loops: Loops) -> None:
     limiter = Limiter("100 TPM", clock=clock.__call__)  # moved by hand, on real loops
     held = limiter.acquire_nowait(tokens=100)
     blocked, running = two_loops
-    costly, cancelled = (
-        asyncio.ensure_future(limiter.acquire(tokens=80), loop=blocked) for _ in range(2)
-    )
+    calls = [asyncio.ensure_future(limiter.acquire(tokens=80), loop=blocked) for _ in range(2)]
+    costly, cancelled = calls
     turn(blocked)
     cheap = asyncio.ensure_future(limiter.acquire(tokens=10), loop=running)
     turn(running)

@@ -30,13 +30,7 @@ def passing(meter: ProviderMeter, now: int, amount: int = 1) -> int:
 
 @pytest.mark.parametrize(
     ("limit", "at_once"),
-    [
-        ("600 RPM", 10),
-        ("30 RPM", 1),
-        ("5/s", 5),
-        ("600 RPM burst 25", 25),
-        ("600 RPM burst 600", 600),
-    ],
+    [("600 RPM", 10), ("30 RPM", 1), ("5/s", 5), ("600 RPM burst 25", 25), ("60 RPM burst 60", 60)],
 )
 def test_a_seconds_worth_or_the_given_burst_passes_at_once(limit: str, at_once: int) -> None:
     assert passing(meter(limit), 0) == at_once

@@ -37,10 +37,7 @@ def take(remaining: Remaining, amount: int, now: int) -> bool:
 DONE: dict[str, tuple[list[tuple[str, int, int]], int]] = {
     "a call and its refund": ([("book", 30, 1), ("unbook", 30, 1)], 60),
     "a debt": ([("book", 70, 1)], -10),
-    "a refund of what a report counted": (
-        [("book", 30, 1), ("hear", 30, 2), ("unbook", 30, 1)],
-        30,
-    ),
+    "a refund of what a report told": ([("book", 30, 1), ("hear", 30, 2), ("unbook", 30, 1)], 30),
     "a call that left after a report": (
         [("book", 30, 1), ("hear", 60, 2), ("unbook", 30, 1), ("book", 30, 3)],
         30,

@@ -252,9 +252,7 @@ def _run(
         done=ends.count(200),
         lost=len(ends) - ends.count(200),
         refused=seen.refused,
-        refused_at=tuple(
-            each.time_ns / SECOND - began for each in provider.arrivals if not each.admitted
-        ),
+        refused_at=tuple(e.time_ns / SECOND - began for e in provider.arrivals if not e.admitted),
         seconds=time.now - began,
         others=seen.others_refused / max(1, seen.others_sent),
         cpu=real_time.process_time() - cpu,

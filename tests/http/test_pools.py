@@ -83,9 +83,8 @@ async def test_request_is_rewritten_for_its_member_and_no_credential_leaves_for_
     pool, endpoints = pool_of(prefer="least_used")  # which goes round
     client = client_of(library, pool, endpoints, servers, io)
 
-    replies = [
-        await io.call(client.post, "/chat%20s", params={"a": "/"}, json=BODY) for _ in range(3)
-    ]
+    asked = {"params": {"a": "/"}, "json": BODY}
+    replies = [await io.call(client.post, "/chat%20s", **asked) for _ in range(3)]
 
     urls = [str(request.url) for request in servers.requests]
     assert urls == [
@@ -125,10 +124,8 @@ async def test_request_or_redirect_is_for_a_member_or_refused(library: Any) -> N
 
 
 async def test_conversation_goes_where_its_prompt_is_warm(virtual_time: VirtualTime) -> None:
-    a, b = (
-        Limiter("600 RPM", concurrency=1, name=name, clock=virtual_time.clock)
-        for name in ("openai", "azure")
-    )
+    terms: dict[str, Any] = {"concurrency": 1, "clock": virtual_time.clock}
+    a, b = (Limiter("600 RPM", name=name, **terms) for name in ("openai", "azure"))
     pool, system = Pool(a, b, patience=2), {"role": "system", "content": "x" * 8_000}
     taken: list[tuple[str, float]] = []
 
@@ -321,8 +318,7 @@ async def test_lost_provider_loses_no_call(trouble: str, caplog: pytest.LogCaptu
             for rpm in (20, 40, 60)
         ]
         members = [
-            Limiter(f"{each.rpm} requests/2s", name=f"of {each.rpm}", concurrency=20)
-            for each in providers
+            Limiter(f"{n} requests/2s", name=f"of {n}", concurrency=20) for n in (20, 40, 60)
         ]
         endpoints: dict[Limiter, Endpoint] = {
             member: {"base_url": each.base_url, "headers": {"api-key": "k"}}
@@ -359,10 +355,8 @@ async def test_lost_provider_loses_no_call(trouble: str, caplog: pytest.LogCaptu
 
 async def test_answered_probe_lets_others_follow_before_its_stream_ends(library: Any) -> None:
     pool, endpoints = pool_of("openai", clock=(clock := VirtualClock()))
-    servers = Server(
-        answering(library, b"{}"),
-        openai=[library.ConnectError("refused"), answering(library, b"x")],
-    )
+    answers = [library.ConnectError("refused"), answering(library, b"x")]
+    servers = Server(answering(library, b"{}"), openai=answers)
     transport = pool.transport(endpoints, library.MockTransport(servers), retries=0)
     client = library.AsyncClient(transport=transport, base_url=transport.base_url)
     with pytest.raises(library.ConnectError):

@@ -26,7 +26,7 @@ from tests.http.conftest import Server
 
 CALL: dict[str, Any] = {
     "model": "m",
-    "messages": [{"role": "user", "content": "Why?"}],
+    "messages": [{"role": "user", "content": "?"}],
     "max_tokens": 50,
 }
 #: The library that this version of the SDK is built on.
@@ -138,9 +138,8 @@ def create_of(
     client = getattr(module, sdk)(
         api_key="k", max_retries=retries, http_client=make(transport=transport, event_hooks=hooks)
     )
-    create: Callable[..., Any] = (
-        client.messages if module is anthropic else client.chat.completions
-    ).create
+    calls = client.messages if module is anthropic else client.chat.completions
+    create: Callable[..., Any] = calls.create
     return create
 
 

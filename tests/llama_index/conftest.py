@@ -142,7 +142,7 @@ class FakeAPI:
     script: list[httpx.Response | Exception | None] = field(default_factory=list)
     requests: list[httpx.Request] = field(default_factory=list)
     provider: RateLimitedProvider = field(
-        default_factory=lambda: RateLimitedProvider(charge="usage")
+        default_factory=partial(RateLimitedProvider, charge="usage")
     )
 
     @property

@@ -345,9 +345,7 @@ async def test_tool_of_a_function_that_acquires_is_not_paced_twice() -> None:
     assert [str(await tool.acall(a=2, b=3)) for tool in tools] == ["6", "5"]
     assert (admitted(limiter), in_flight(limiter)) == (2, 0)
     for other in (chat, Limiter("100 RPM")):
-        with pytest.raises(
-            ValueError, match=r"is paced by <Limiter 'default'.* already and can't be"
-        ):
+        with pytest.raises(ValueError, match=r"is paced by <Limiter 'default'.* already and can't"):
             other.wrap([limiter.paced(multiply)])
 
 
@@ -418,9 +416,8 @@ def test_nested_and_cancelled_tools_never_hang_or_leak_slots(
 ) -> None:
     with VirtualTime() as time:
         root = Limiter("1000/s", concurrency=slots[0], clock=time.clock)
-        children = [
-            root.child(name, concurrency=size) for name, size in zip("abc", slots[1:], strict=True)
-        ]
+        sizes = zip("abc", slots[1:], strict=True)
+        children = [root.child(name, concurrency=size) for name, size in sizes]
         llm = root.wrap(MockLLM())
         tools: dict[str, Any] = {}
 

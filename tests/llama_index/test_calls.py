@@ -9,7 +9,7 @@ from unittest.mock import Mock
 
 import pytest
 from llama_index.core.base.embeddings.base import BaseEmbedding
-from llama_index.core.base.llms.types import ChatMessage, ChatResponse, CompletionResponse
+from llama_index.core.base.llms.types import ChatMessage, CompletionResponse
 from llama_index.core.embeddings import MockEmbedding
 from llama_index.core.embeddings.mock_embed_model import MockMultiModalEmbedding
 from llama_index.core.llms import LLM, MockLLM
@@ -95,21 +95,6 @@ async def test_call_through_nested_methods_is_paid_once() -> None:
     for calls, name in enumerate(CALLS, start=1):
         await make_call(llm, name)
         assert (admitted(limiter), in_flight(limiter), charged(limiter)) == (calls, 0, [calls])
-
-
-async def test_method_making_three_calls_is_charged_for_all_three() -> None:
-    class Voting(MockLLM):
-        async def achat(self, *_: Any, **__: Any) -> ChatResponse:
-            replies = await asyncio.gather(*(self.acomplete("hi") for _turn in range(3)))
-            return ChatResponse(message=ChatMessage(replies[0].text))
-
-        def complete(self, prompt: str, *_: Any, **__: Any) -> CompletionResponse:
-            return CompletionResponse(text=prompt, raw=USED)
-
-    limiter = Limiter("100 RPM", "10k TPM", concurrency=1)
-    llm = limiter.wrap(Voting(max_tokens=None))
-    await llm.achat(MESSAGES)
-    assert (admitted(limiter), charged(limiter)) == (1, [3, 30])
 
 
 @pytest.mark.parametrize("make", [make_openai, make_responses], ids=name_of)

@@ -12,7 +12,6 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import httpx
-import openai
 import pytest
 from llama_index.core.embeddings import MockEmbedding
 from llama_index.core.llms import LLM, MockLLM
@@ -33,7 +32,6 @@ from tests.llama_index.conftest import (
     Reader,
     admitted,
     charged,
-    in_flight,
     make_anthropic,
     make_azure,
     make_like,
@@ -155,19 +153,6 @@ async def test_cached_tokens_count_as_at_provider(api: FakeAPI, host: str, count
     limiter = Limiter("100k ITPM")
     await limiter.wrap(make_like(api_base=f"https://{host}/v1")).achat(MESSAGES)
     assert charged(limiter) == [counted]
-
-
-@pytest.mark.parametrize(("status", "slots"), [(503, 3), (400, 4)])
-async def test_overload_error_cuts_slots_and_bad_request_does_not(
-    api: FakeAPI, reader: Reader, status: int, slots: int
-) -> None:
-    for streaming in (False, True):
-        api.refuse(status)
-        limiter = Limiter(concurrency="auto")
-        llm = limiter.wrap(make_openai(), retry=False)
-        with pytest.raises(openai.APIStatusError):
-            await (reader.read(llm) if streaming else reader.call(llm, "complete", "hi"))
-        assert (limiter.concurrency, in_flight(limiter)) == (slots, 0)
 
 
 # A connection that is still open when its loop ends is closed by the collector, which says so.

@@ -60,11 +60,7 @@ def input_of(*blocks: ContentBlock, **options: Any) -> int:
     [
         (OpenAI, "Hi", {}),
         (OpenAI, "Write:\n" * 500, {"max_tokens": 300, "temperature": 0.5, "seed": 7}),
-        (
-            OpenAI,
-            '"Quoted" text with a \\ and \t' * 200,
-            {"tools": [TOOL.metadata.to_openai_tool()]},
-        ),
+        (OpenAI, '"Quoted" text with \\ and \t' * 200, {"tools": [TOOL.metadata.to_openai_tool()]}),
         (OpenAI, "我能吞下玻璃而不伤身体。" * 200, {"response_format": {"type": "json_object"}}),
         (OpenAIResponses, "Write:\n" * 500, {"temperature": 0.5}),
     ],

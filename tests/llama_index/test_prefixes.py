@@ -112,9 +112,7 @@ async def test_conversation_stays_at_the_member_that_served_it(virtual_time: Vir
 
     async def say(*words: str) -> None:
         roles = ("user", "assistant", "user")
-        turns = [
-            ChatMessage(role=role, content=word) for role, word in zip(roles, words, strict=False)
-        ]
+        turns = [ChatMessage(word, role=role) for role, word in zip(roles, words, strict=False)]
         await llm.achat([*chat("own")[:1], *turns])
 
     def taken() -> list[int]:

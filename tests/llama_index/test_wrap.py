@@ -27,7 +27,7 @@ from llama_index.llms.openai import OpenAI
 from openai import AsyncOpenAI
 
 import asyncbucket
-from asyncbucket import AcquireTimeout, CostExceedsLimit, Limit, Limiter
+from asyncbucket import AcquireTimeout, Limit, Limiter
 from asyncbucket.levels import levels, terms_of
 from asyncbucket.llama_index import DefaultEstimator, limiter_of
 from asyncbucket.llama_index.paced import pacing_of
@@ -190,29 +190,6 @@ async def test_call_without_argument_raises_the_models_error(limiter: Limiter, n
 # --- a child: charged once a level, and no call waits for one that waits for it ---
 
 
-class Outer(MockLLM):
-    """A model that calls another one."""
-
-    inner: Any = None
-
-    def complete(self, prompt: str, *_: Any, **__: Any) -> Any:
-        return self.inner.complete(prompt)
-
-    def stream_complete(self, prompt: str, *_: Any, **__: Any) -> Any:
-        return self.inner.stream_complete(prompt)
-
-
-def test_inner_model_at_child_does_not_wait_for_outer_models_slot() -> None:
-    limiter = Limiter("100 RPM", concurrency=1, timeout=5)
-    inner = limiter.child("chat").wrap(MockLLM(max_tokens=2))
-    outer = limiter.child("router").wrap(Outer(max_tokens=2))
-    outer.inner = inner
-    assert outer.complete("hi").text == "text text"
-    assert [each.delta for each in outer.stream_complete("hi")] == ["text ", "text"]
-    now = limiter.statistics()
-    assert (now.admitted, now.in_flight, now.overridden) == (4, 0, 0)
-
-
 async def test_model_does_not_deadlock_with_its_http_client_at_sibling(limiter: Limiter) -> None:
     provider = RateLimitedProvider()
     transport = limiter.child("http").transport(provider.mock_transport())
@@ -222,15 +199,6 @@ async def test_model_does_not_deadlock_with_its_http_client_at_sibling(limiter: 
             await asyncio.gather(llm.acomplete("hi"), llm.acomplete("hi"))
     assert [admitted(each) for each in (limiter, *limiter.children.values())] == [4, 2, 2]
     assert (limiter.statistics().in_flight, limiter.statistics().overridden) == (0, 0)
-
-
-def test_output_forecast_is_cut_to_lowest_limit_of_any_level() -> None:
-    limiter = Limiter("100 TPM")
-    chat = limiter.child("chat", "10k TPM")
-    chat.wrap(MockLLM()).complete("hi")
-    assert [admitted(each) for each in (limiter, chat)] == [1, 1]
-    with pytest.raises(CostExceedsLimit, match="exceeds the limit of 100 tokens"):
-        chat.wrap(MockLLM(max_tokens=200)).complete("hi")
 
 
 async def test_429_at_a_child_pauses_highest_level_with_limits(api: FakeAPI) -> None:
