@@ -349,7 +349,7 @@ def _warn_of_no_call() -> None:
 def _warn_of_unnamed_cost(resource: str) -> None:
     """Warn, once, that calls passed and the budget could not count what they cost."""
     warn_user(
-        f"a budget of {resource} has ended without counting any: say what each call costs, as in "
+        f"a budget of {resource} has ended, but no call named any: say what each call costs, as in "
         f"acquire({resource}=...) or paced(..., {resource}=...)",
         RuntimeWarning,
     )

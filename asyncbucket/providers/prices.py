@@ -211,9 +211,9 @@ def price_of(model: object, prices: Prices | None = None, *, today: date | None 
         return prices["*"]
     what, example = (f"the model {name!r}", name) if name else ("a model without a name", "*")
     raise UnknownPrice(
-        f"no price is known for {what}, so its calls can't be counted in dollars: give "
-        f'Limiter(..., prices={{"{example}": Price(input=..., output=...)}}), in dollars per million '
-        f'tokens; "*" covers all other models'
+        f"no price is known for {what}, so its calls can't be counted in dollars: give Limiter(...) or "
+        f'pace(...) prices={{"{example}": asyncbucket.Price(input=..., output=...)}}, in dollars per '
+        f'million tokens; "*" covers all other models'
     )
 
 

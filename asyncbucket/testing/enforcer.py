@@ -116,7 +116,7 @@ class Options:
         latency: Seconds that a reply takes, 0.2, or a range, 0.1,0.3; a stream spreads them over its
             chunks.
         begins: After which part of its latency a reply begins, from 0 to 1.
-        accidents: Which part of the calls, from 0 to 1, gets a 429 that names no wait, whatever is left.
+        accidents: The fraction of calls, from 0 to 1, that get a 429 that names no wait, whatever is left.
         cache: A cache of prompts; none by default.
         always: A status with which to answer every call.
         reply_tokens: The least length of a text reply, in tokens.

@@ -101,7 +101,7 @@ class VirtualClock:
         """
         if getattr(loop, "clock", None) is not self:
             raise RuntimeError(
-                f"a call would wait for ever: its limiter's clock ({self.seconds} s) does not move on this "
+                f"a call would wait forever: its limiter's clock ({self.seconds} s) does not move on this "
                 f"{type(loop).__name__}; take the fixture virtual_time in the async test itself, run the "
                 "test by virtual_time.run(main()), or make the limiter without clock="
             )

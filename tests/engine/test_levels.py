@@ -113,7 +113,7 @@ def test_states_of_a_pool_say_who_is_left_out_why_and_for_how_long() -> None:
     clock.advance(1)
     probe = pool.acquire_nowait()
     assert (str(pool.states()[0]), pool.acquire_nowait().limiter.name) == (
-        "'one': in use again after HTTP 401",
+        "'one': in use (last failure: HTTP 401)",
         "two",
     )
     probe.member_works()  # before it is over, so the others follow

@@ -113,8 +113,8 @@ async def test_unknown_price_is_an_error_at_the_first_call_that_is_charged() -> 
         assert (capped.calls, capped.spent["usd"]) == (2, 0)
     assert str(error.value) == (
         "no price is known for the model 'my-model', so its calls can't be counted in dollars: give "
-        'Limiter(..., prices={"my-model": Price(input=..., output=...)}), in dollars per million '
-        'tokens; "*" covers all other models'
+        'Limiter(...) or pace(...) prices={"my-model": asyncbucket.Price(input=..., output=...)}, in '
+        'dollars per million tokens; "*" covers all other models'
     )
     client = client_of(httpx, Limiter("1 USD/day"), REPLY)
     with pytest.raises(UnknownPrice, match="a model without a name"):
