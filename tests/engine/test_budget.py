@@ -14,10 +14,21 @@ from typing import Any
 import pytest
 
 import asyncbucket
-from asyncbucket import BudgetExceeded, Cost, Limiter, Pool, QueueFull, WouldBlock, budget
+from asyncbucket import (
+    AsyncBucketError,
+    BudgetExceeded,
+    Cost,
+    Limiter,
+    Pool,
+    QueueFull,
+    WouldBlock,
+    budget,
+)
 from asyncbucket.budgets import _warn_of_no_call, _warn_of_unnamed_cost
 from asyncbucket.engine.context import inherited
 from asyncbucket.engine.events import Refused, Released
+from asyncbucket.engine.interfaces import Account
+from asyncbucket.engine.meters import Amounts
 from asyncbucket.levels import is_learning, meet_provider, reserve_more
 from asyncbucket.testing import VirtualTime
 from tests.engine.conftest import cancel, start, used
@@ -425,3 +436,38 @@ async def test_limits_in_a_store_learn_nothing_of_their_provider(tmp_path: pathl
     meet_provider(limiter)
     assert not is_learning(limiter)
     await limiter.aclose()
+
+
+# --- whatever account a call has may refuse it, before it waits and when it has passed ---
+
+
+class Refusing(Account):
+    """Refuse calls from the n-th question on."""
+
+    def __init__(self, after: int) -> None:
+        self.after = after
+
+    def refuses(self, amounts: Amounts) -> AsyncBucketError | None:  # noqa: ARG002 - all alike
+        self.after -= 1
+        return AsyncBucketError("refused here") if self.after < 0 else None
+
+
+@pytest.mark.parametrize("after", [0, 1])
+async def test_account_that_refuses_is_asked_once_and_nothing_is_kept(after: int) -> None:
+    limiter = Limiter("10 RPM", concurrency=1)
+    lease: Any = limiter.acquire()
+    lease.accounts = (Refusing(after),)
+    with pytest.raises(AsyncBucketError, match="refused here"):
+        await lease
+    now = limiter.statistics()
+    assert (now.in_flight, now.limits[0].used) == (0, 0)
+
+
+async def test_nowait_gives_back_what_an_account_refuses_after_the_admission() -> None:
+    limiter = Limiter("10 RPM", concurrency=1)
+    lease: Any = limiter.acquire()
+    lease.accounts = (Refusing(1),)
+    with pytest.raises(AsyncBucketError, match="refused here"):
+        lease._take_now()
+    assert limiter.statistics().in_flight == 0
+    limiter.acquire_nowait().release()

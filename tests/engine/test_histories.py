@@ -5,10 +5,8 @@ import pytest
 from tests.engine.fuzz import play
 
 #: Two of eight batches suffice to cover all lines.
-BATCHES = [
-    pytest.param(first, marks=[] if first in {0, 125} else pytest.mark.heavy)
-    for first in range(0, 200, 25)
-]
+FEW = {0, 125}
+BATCHES = [pytest.param(n, marks=[] if n in FEW else pytest.mark.heavy) for n in range(0, 200, 25)]
 
 
 @pytest.mark.parametrize("first", BATCHES)

@@ -4,6 +4,7 @@ import asyncio
 import functools
 import inspect
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -112,10 +113,8 @@ def test_states_of_a_pool_say_who_is_left_out_why_and_for_how_long() -> None:
     assert [str(state) for state in pool.states()] == left_out
     clock.advance(1)
     probe = pool.acquire_nowait()
-    assert (str(pool.states()[0]), pool.acquire_nowait().limiter.name) == (
-        "'one': in use (last failure: HTTP 401)",
-        "two",
-    )
+    assert str(pool.states()[0]) == "'one': in use (last failure: HTTP 401)"
+    assert pool.acquire_nowait().limiter.name == "two"
     probe.member_works()  # before it is over, so the others follow
     assert (pool.acquire_nowait().limiter.name, probe.released) == ("one", False)
 
@@ -218,3 +217,31 @@ def test_paced_plain_function_that_returns_coroutine_is_refused_when_called() ->
         _ = ask()
     nothing_is_left(limiter)
     assert (used(limiter), ran) == ([0], [])
+
+
+# --- tool calls of an MCP session; the frameworks' tests have the real package ---
+
+
+class Session:
+    """Look like the package's own."""
+
+    async def call_tool(self, name: str) -> str:
+        return f"called {name}"
+
+
+Session.__module__ = "mcp.client.session"
+
+
+async def test_tool_calls_count_at_the_child_of_the_tools_name() -> None:
+    limiter = Limiter("10 RPM", concurrency=2)
+    search = limiter.child("search", concurrency=1)
+    session: Any = limiter.wrap(Session())
+    called = [await session.call_tool(name) for name in ("search", "add")]
+    assert called == ["called search", "called add"]
+    assert (limiter.statistics().admitted, search.statistics().admitted) == (2, 1)
+    assert isinstance(session, Session)
+    assert limiter.wrap(session) is session
+    with pytest.raises(ValueError, match=r"is paced by .* already: wrap what it was made of"):
+        Limiter("5 RPM").wrap(session)
+    with pytest.raises(TypeError, match="retry= is for LlamaIndex's models and agents, not for"):
+        limiter.wrap(Session(), retry=3)

@@ -195,9 +195,8 @@ def test_limit_that_nothing_pays_is_warned_of_once(time: VirtualTime) -> None:
             limiter.acquire_sync().release()
             limiter.acquire()
 
-    limiter, paid = (
-        Limiter("1M RPM burst 1M", "5 documents/s", name="key", clock=time.clock) for _ in range(2)
-    )
+    limits = "1M RPM burst 1M", "5 documents/s"
+    limiter, paid = (Limiter(*limits, name="key", clock=time.clock) for _ in range(2))
     with pytest.warns(RuntimeWarning) as told:
         call_many_times(limiter)
     (warning,) = told

@@ -135,9 +135,8 @@ async def test_call_cancelled_within_any_line_of_its_handover_takes_nothing(
         a, b = members_of(time, 6_000, 6_000, concurrency=1)
         pool = Pool(a, b, prefer="first")
         held = [await pool.acquire(sticky="talk"), await pool.acquire()]
-        first, second = await start_all(
-            name_of_taker(pool, sticky=key) for key in ("talk" if is_kept else None, None)
-        )
+        keys = ("talk" if is_kept else None, None)
+        first, second = await start_all(name_of_taker(pool, sticky=key) for key in keys)
         b.pause(60)
         if is_kept:
             held[1].release()

@@ -113,9 +113,8 @@ def test_refusals_that_pacing_would_prevent_are_counted(virtual_time: VirtualTim
         transport = limiter.transport(provider.mock_transport(), retries=0, learn=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://x/v1") as client:
             body = {"model": "m", "messages": [{"role": "user", "content": "salve"}]}
-            replies = await asyncio.gather(
-                *(client.post("/chat/completions", json=body, headers=KEY) for _ in range(100))
-            )
+            calls = (client.post("/chat/completions", json=body, headers=KEY) for _ in range(100))
+            replies = await asyncio.gather(*calls)
         return sum(reply.status_code == 429 for reply in replies), limiter.statistics().shadow
 
     without, told = virtual_time.run(refused(shadow=True))

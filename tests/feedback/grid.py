@@ -7,7 +7,7 @@ from asyncbucket.testing.provider import Counting
 from tests.feedback.worlds import NO_HEADERS, NO_RESET, Load, World, ideal, play
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Row:
     """A provider under a load, and what it may come to. No call may be lost.
 
@@ -47,6 +47,11 @@ def tokens(amount: int, counting: Counting | None = None, **options: Any) -> Wor
     return World(provider=provider, told=(f"{amount} TPM",))
 
 
+def log(**counting: Any) -> Counting:
+    """Return how a log of any minute counts."""
+    return Counting(by="log", **counting)
+
+
 def shared(by: Any, **counting: Any) -> World:
     """Return a provider of which others take 40 % in bursts of 20."""
     return requests(Counting(by=by, others=0.4, others_at_once=20, **counting))
@@ -65,99 +70,74 @@ OPENROUTER: Final = World(
     provider={"profile": "openrouter", "accidents": 0.05}, host="openrouter.ai"
 )
 SECOND_SLICES: Final = Counting(by="log", slices=60, hidden=True)
+SIXTY: Final = Counting(size=60)
+HALVED: Final = {20.0: {"rpm": 300}}
+FOUR_HUNDRED: Final = Load(agents=400)
+IN_TIME: Final = Load(agents=800, every=0.05)
 
 ROWS: Final[dict[str, Row]] = {
-    "full bucket of 600, 500 at once": Row(world=requests(), load=AT_ONCE, over=2.7),
-    "full bucket of 600, 40 agents of 12": Row(world=requests(), load=AGENTS, over=1.25),
-    "full bucket of 200k tokens, mixed": Row(world=tokens(200_000), load=MIXED),
-    "told nothing, full bucket, at once": Row(world=requests(told=()), load=AT_ONCE, over=2.7),
-    "told nothing, full bucket, agents": Row(world=requests(told=()), load=AGENTS, over=1.25),
-    "bucket of 1": Row(world=requests(Counting(size=1)), load=AT_ONCE, refused=30, over=1.25),
+    "full bucket of 600, 500 at once": Row(requests(), AT_ONCE, over=2.7),
+    "full bucket of 600, 40 agents of 12": Row(requests(), AGENTS, over=1.25),
+    "full bucket of 200k tokens, mixed": Row(tokens(200_000), MIXED),
+    "told nothing, full bucket, at once": Row(requests(told=()), AT_ONCE, over=2.7),
+    "told nothing, full bucket, agents": Row(requests(told=()), AGENTS, over=1.25),
+    "bucket of 1": Row(requests(Counting(size=1)), AT_ONCE, refused=30, over=1.25),
     **{
-        f"bucket of {size}": Row(
-            world=requests(Counting(size=size)), load=AT_ONCE, refused=10, over=1.1
-        )
+        f"bucket of {size}": Row(requests(Counting(size=size)), AT_ONCE, refused=10, over=1.1)
         for size in (3, 10, 20, 60, 120, 200)
     },
-    "bucket of 20k of 200k tokens, mixed": Row(
-        world=tokens(200_000, Counting(size=20_000)), load=MIXED
-    ),
+    "bucket of 20k of 200k tokens, mixed": Row(tokens(200_000, Counting(size=20_000)), MIXED),
     "bucket of 40, replies out of order": Row(
-        world=requests(Counting(size=40), latency=(0.2, 20.0)), load=Load(agents=60, calls=8)
+        requests(Counting(size=40), latency=(0.2, 20.0)), Load(agents=60, calls=8)
     ),
-    "bucket of 60, no reset": Row(
-        world=requests(Counting(size=60), profile=NO_RESET), load=AT_ONCE, refused=20
-    ),
+    "bucket of 60, no reset": Row(requests(SIXTY, profile=NO_RESET), AT_ONCE, refused=20),
     "bucket of 60, no headers": Row(
-        world=requests(Counting(size=60), profile=NO_HEADERS), load=AT_ONCE, refused=20, over=1.2
+        requests(SIXTY, profile=NO_HEADERS), AT_ONCE, refused=20, over=1.2
     ),
-    "log, at once": Row(world=requests(Counting(by="log")), load=AT_ONCE, over=200),
-    "log, 1,300 at once": Row(world=requests(Counting(by="log")), load=Load(agents=1_300)),
-    "calendar, 1,300 at once": Row(
-        world=requests(Counting(by="calendar")), load=Load(agents=1_300), over=2.0
-    ),
-    "log of tokens, mixed": Row(world=tokens(200_000, Counting(by="log")), load=MIXED, over=1.8),
+    "log, at once": Row(requests(log()), AT_ONCE, over=200),
+    "log, 1,300 at once": Row(requests(log()), Load(agents=1_300)),
+    "calendar, 1,300 at once": Row(requests(Counting(by="calendar")), Load(agents=1_300), over=2.0),
+    "log of tokens, mixed": Row(tokens(200_000, log()), MIXED, over=1.8),
     "Anthropic, mixed": Row(
-        world=anthropic("600 RPM", "200k ITPM", "40k OTPM", rpm=600, itpm=200_000, otpm=40_000),
-        load=MIXED,
+        anthropic("600 RPM", "200k ITPM", "40k OTPM", rpm=600, itpm=200_000, otpm=40_000), MIXED
     ),
-    "Groq, mixed": Row(world=GROQ, load=replace(MIXED, agents=60, tokens=(100, 5_000))),
+    "Groq, mixed": Row(GROQ, replace(MIXED, agents=60, tokens=(100, 5_000))),
     "shown slices of 10 in a second": Row(
-        world=requests(Counting(by="log", slices=60)), load=Load(agents=400), refused=20, over=1.3
+        requests(log(slices=60)), FOUR_HUNDRED, refused=20, over=1.3
     ),
     "shown slices of 100 in ten seconds": Row(
-        world=requests(Counting(by="log", slices=6)), load=Load(agents=400), refused=20, over=1.4
+        requests(log(slices=6)), FOUR_HUNDRED, refused=20, over=1.4
     ),
     "shown slices of tokens, ten seconds": Row(
-        world=tokens(200_000, Counting(by="log", slices=6)), load=MIXED, refused=20, over=1.3
+        tokens(200_000, log(slices=6)), MIXED, refused=20, over=1.3
     ),
     "hidden slices of 10 in a second": Row(
-        world=requests(SECOND_SLICES), load=Load(agents=400), refused=20, over=1.3
+        requests(SECOND_SLICES), FOUR_HUNDRED, refused=20, over=1.3
     ),
     "hidden slices of 10 in a second, 3,000": Row(
-        world=requests(SECOND_SLICES),
-        load=Load(agents=3_000),
-        refused=30,
-        over=1.3,
-        later=(60.0, 10),
+        requests(SECOND_SLICES), Load(agents=3_000), refused=30, over=1.3, later=(60.0, 10)
     ),
     "told ten times too much, no headers": Row(
-        world=requests(told=("6000 RPM",), profile=NO_HEADERS),
-        load=Load(agents=800),
-        refused=150,
-        over=1.3,
+        requests(told=("6000 RPM",), profile=NO_HEADERS), Load(agents=800), refused=150, over=1.3
     ),
     "halved, no headers": Row(
-        world=replace(requests(profile=NO_HEADERS), changes={20.0: {"rpm": 300}}),
-        load=Load(agents=800, every=0.05),
-        refused=40,
-        over=1.3,
+        replace(requests(profile=NO_HEADERS), changes=HALVED), IN_TIME, refused=40, over=1.3
     ),
-    "halved, headers": Row(
-        world=replace(requests(), changes={20.0: {"rpm": 300}}),
-        load=Load(agents=800, every=0.05),
-        refused=40,
-        over=1.3,
-    ),
-    "accidents at OpenRouter": Row(
-        world=OPENROUTER, load=replace(AT_ONCE, slots=20), refused=60, over=1.5
-    ),
+    "halved, headers": Row(replace(requests(), changes=HALVED), IN_TIME, refused=40, over=1.3),
+    "accidents at OpenRouter": Row(OPENROUTER, replace(AT_ONCE, slots=20), refused=60, over=1.5),
     "accidents, headers show room": Row(
-        world=requests(accidents=0.05), load=Load(agents=400), refused=40, over=11.0
+        requests(accidents=0.05), FOUR_HUNDRED, refused=40, over=11.0
     ),
     # What is sent before the first refusal is refused, too: 300 and 190.
     "told nothing, no headers": Row(
-        world=World(provider={"rpm": 300, "profile": NO_HEADERS}),
-        load=Load(agents=600),
-        refused=320,
-        over=1.2,
+        World(provider={"rpm": 300, "profile": NO_HEADERS}), Load(agents=600), refused=320, over=1.2
     ),
     "told nothing, 10 slots": Row(
-        world=World(provider={"concurrency": 10}), load=Load(agents=200), refused=210, over=1.4
+        World(provider={"concurrency": 10}), Load(agents=200), refused=210, over=1.4
     ),
-    "others, bucket": Row(world=shared("bucket"), load=STEADY, refused=20, over=2.0, others=0.1),
-    "others, log": Row(world=shared("log"), load=STEADY, refused=40, over=2.0, others=0.1),
-    "others, shown slices": Row(world=shared("log", slices=6), load=STEADY, refused=40, over=2.0),
+    "others, bucket": Row(shared("bucket"), STEADY, refused=20, over=2.0, others=0.1),
+    "others, log": Row(shared("log"), STEADY, refused=40, over=2.0, others=0.1),
+    "others, shown slices": Row(shared("log", slices=6), STEADY, refused=40, over=2.0),
 }
 
 

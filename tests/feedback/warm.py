@@ -12,7 +12,7 @@ from asyncbucket.testing.provider import Cache, Counting
 from tests.feedback.worlds import Load, Outcome, World, play
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Row:
     """A provider with a cache, and what a load may come to there. No call may be lost.
 
@@ -75,29 +75,25 @@ ODD: Final[dict[str, tuple[Cache, float, float]]] = {
 
 ROWS: Final[dict[str, Row]] = {
     "agents, lead, streams": Row(
-        world=cached(450_000), load=AGENTS, latency=10, most=75, writes=3, refused=0, options=LEAD
+        cached(450_000), AGENTS, latency=10, most=75, writes=3, refused=0, options=LEAD
     ),
     "agents, lead, whole replies": Row(
-        world=cached(450_000), load=WHOLE, latency=10, most=90, writes=3, refused=0, options=LEAD
+        cached(450_000), WHOLE, latency=10, most=90, writes=3, refused=0, options=LEAD
     ),
-    "agents, streams": Row(world=cached(450_000), load=AGENTS, latency=10, most=130),
-    "agents, whole replies": Row(world=cached(450_000), load=WHOLE, latency=10, most=130),
-    "steady, replies after 2 s": Row(world=FIFTY, load=steady(10_000), latency=2, used=0.9),
-    "steady, replies after 15 s": Row(world=FIFTY, load=steady(10_000), latency=15, used=0.9),
-    "prompts of 60k": Row(
-        world=cached(50_000, oversize=True), load=steady(60_000), latency=5, used=0.8
-    ),
+    "agents, streams": Row(cached(450_000), AGENTS, latency=10, most=130),
+    "agents, whole replies": Row(cached(450_000), WHOLE, latency=10, most=130),
+    "steady, replies after 2 s": Row(FIFTY, steady(10_000), latency=2, used=0.9),
+    "steady, replies after 15 s": Row(FIFTY, steady(10_000), latency=15, used=0.9),
+    "prompts of 60k": Row(cached(50_000, oversize=True), steady(60_000), latency=5, used=0.8),
     "conversations that grow to 75k": Row(
-        world=FIFTY,
-        load=Load(agents=4, calls=30, tokens=(2_500, 2_500), remembers=True, stream=True),
+        FIFTY,
+        Load(agents=4, calls=30, tokens=(2_500, 2_500), remembers=True, stream=True),
         latency=5,
         most=400,
         used=0.8,
     ),
     **{
-        f"{what}, {size:,} tokens": Row(
-            world=cached(50_000, cache), load=steady(size), latency=2, used=least
-        )
+        f"{what}, {size:,} tokens": Row(cached(50_000, cache), steady(size), latency=2, used=least)
         for what, (cache, *most) in ODD.items()
         for size, least in zip((3_000, 10_000), most, strict=True)
     },

@@ -63,9 +63,7 @@ async def connected() -> AsyncGenerator[Any]:
             yield session
 
 
-async def test_tools_are_paced_by_server_and_tool(
-    weather: Limiter, virtual_time: VirtualTime
-) -> None:
+async def test_tools_are_paced_by_name(weather: Limiter, virtual_time: VirtualTime) -> None:
     forecast = weather.children["forecast"]
     async with connected() as inner:
         session = weather.wrap(inner)
@@ -82,9 +80,7 @@ async def test_tools_are_paced_by_server_and_tool(
     assert weather.statistics().in_flight == 0
 
 
-async def test_cancelled_and_failed_tools_free_slots(
-    weather: Limiter, virtual_time: VirtualTime
-) -> None:
+async def test_ended_tools_free_slots(weather: Limiter, virtual_time: VirtualTime) -> None:
     async with connected() as inner:
         session = weather.wrap(inner)
         asks = (session.call_tool("forecast", {"city": "Rome"}) for _ in range(4))

@@ -1,20 +1,21 @@
 """What a call costs at each provider, by the numbers in its documentation."""
 
+import base64
 import json
 from typing import Any
 
 import pytest
 
-from asyncbucket import Cost
+from asyncbucket import Cost, Limiter
 from asyncbucket.http import AZURE, GENERIC, OPENAI, Call, Usage
 from asyncbucket.providers.profiles import charge, profile_named, profile_of
 from asyncbucket.providers.request import read_json, request_size
 from asyncbucket.providers.usage import find_usage
-from tests.http.conftest import data, filled_in
+from tests.http.conftest import answering, client_over, data, filled_in, used
 
 MESSAGES = [{"role": "user", "content": "x" * 400}]
 USAGE = Usage(90, 7, 97)
-STANDS_FOR = {
+BODIES = {
     "BASE64": "x" * 8_500,
     "PICTURE": "data:image/png;base64," + "x" * 9_999,
     "VIDEO": "data:video/mp4;base64," + "x" * 8_512,
@@ -128,7 +129,7 @@ def test_usage_settles_what_the_provider_counts(profile: str, settled: dict[str,
 
 @pytest.mark.parametrize(("tokens", "body"), data("requests")["tokens"])
 def test_every_part_of_request_counts_towards_input(tokens: int, body: str) -> None:
-    asked = request_size("/v1/chat/completions", json.loads(filled_in(body, STANDS_FOR)))
+    asked = request_size("/v1/chat/completions", json.loads(filled_in(body, BODIES)))
     assert asked.by_characters == tokens
 
 
@@ -182,3 +183,60 @@ def test_repr_of_call_shows_no_prompt() -> None:
     call = Call("POST", "api.openai.com", "/v1/responses", {"input": "my secret"})
     assert "secret" not in repr(call)
     assert "/v1/responses" in repr(call)
+
+
+# --- usage is read in every provider's own format ---
+
+
+FORMATS = data("formats")
+STANDS_FOR = {"TEXT": "x" * 400, "FILL": "0," * 50_000, "EVENT": "\0\0\1\r:event-type\7\0"}
+
+
+def reply_of(entry: dict[str, Any]) -> str:
+    packed = (base64.b64encode(event.encode()).decode() for event in entry.get("packed", ()))
+    events = (f'EVENT{{"bytes":"{event}","p":"a"}}' for event in packed)
+    return filled_in(entry.get("reply") or "".join(events), STANDS_FOR)
+
+
+def counted(limiter: Limiter) -> tuple[int, int]:
+    return used(limiter, "input_tokens"), used(limiter, "output_tokens")
+
+
+@pytest.mark.parametrize("cut", [False, True])
+@pytest.mark.parametrize(
+    ("name", "ends"),
+    [*((name, True) for name in FORMATS), *((name, False) for name in FORMATS if "stream" in name)],
+)
+async def test_usage_settles_when_read(library: Any, name: str, *, ends: bool, cut: bool) -> None:
+    """Clients read a stream no further than the event that ends it, though the reply may go on."""
+    entry, answer = FORMATS[name], reply_of(FORMATS[name])
+    if cut:
+        answer = answer[: answer.find('"bytes"' if "packed" in entry else "90") + 1]
+    data = answer.encode()
+    pieces = [data[at : at + 50] for at in range(0, len(data), 50)]
+    limiter = Limiter("10k ITPM", "10k OTPM")
+    reserved = (100, 0 if "embeddings" in name else 300)
+    answers = answering(library, *pieces, *([] if ends else [b"\n"]))
+    url, body = f"http://llm.test{entry['path']}", filled_in(entry["body"], STANDS_FOR)
+    async with (
+        client_over(library, limiter, answers) as client,
+        client.stream("POST", url, content=body) as reply,
+    ):
+        assert counted(limiter) == reserved
+        seen = b""
+        async for chunk in reply.aiter_raw():
+            seen += chunk
+            if not ends and len(seen) == len(data):
+                break
+    assert counted(limiter) == (reserved if cut else (90, min(reserved[1], 7)))
+
+
+async def test_usage_in_a_models_words_or_in_no_base64_does_not_count(library: Any) -> None:
+    reply = (
+        b'{"content":[{"type":"tool_use","input":{"usage":{"input_tokens":5000}}}],'
+        b'"usage":{"input_tokens":90,"output_tokens":7},"bytes":"QQ","a":{"bytes":"AA__"}}'
+    )
+    limiter = Limiter("10k ITPM", "10k OTPM")
+    async with client_over(library, limiter, answering(library, reply)) as client:
+        await client.post("http://llm.test/v1/messages", json={"max_tokens": 9})
+    assert counted(limiter) == (90, 7)

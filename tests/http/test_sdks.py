@@ -135,9 +135,8 @@ def create_of(
     library = library_named(family_of(module.DefaultHttpxClient) or "")
     make = library.AsyncClient if sdk.startswith("Async") else library.Client
     transport = limiter.transport(library.MockTransport(server), retries=0)
-    client = getattr(module, sdk)(
-        api_key="k", max_retries=retries, http_client=make(transport=transport, event_hooks=hooks)
-    )
+    inner = make(transport=transport, event_hooks=hooks)
+    client = getattr(module, sdk)(api_key="k", max_retries=retries, http_client=inner)
     calls = client.messages if module is anthropic else client.chat.completions
     create: Callable[..., Any] = calls.create
     return create

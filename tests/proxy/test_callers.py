@@ -95,11 +95,8 @@ def scope(path: str, *headers: bytes) -> dict[str, Any]:
     return {"path": path, "headers": [(name, b"x") for name in headers]}
 
 
-CALLERS = (
-    scope("/v1/chat/completions"),
-    scope("/v1/messages"),
-    scope("/v1beta/models/gemini:generateContent"),
-)
+PATHS = ("/v1/chat/completions", "/v1/messages", "/v1beta/models/gemini:generateContent")
+CALLERS = [scope(path) for path in PATHS]
 TYPES = {
     400: ("invalid_request_error", "invalid_request_error", "INVALID_ARGUMENT"),
     429: ("requests", "rate_limit_error", "RESOURCE_EXHAUSTED"),
@@ -124,7 +121,7 @@ TYPES = {
         (ProxyError("so"), 400, None, False),
     ],
 )
-def test_error_has_the_providers_format_and_no_key(
+def test_error_has_the_providers_format(
     error: Exception, status: int, after: int | None, *, may_retry: bool
 ) -> None:
     replies = [error_response(error, caller) for caller in CALLERS]

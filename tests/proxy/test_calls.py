@@ -47,9 +47,8 @@ async def test_call_reaches_the_provider_as_it_was_sent(
             "asyncbucket-priority": "batch",
         }
         exact = {"target": target.encode()}
-        request = httpx.Request(
-            method, proxy.url, content=content, headers=headers, extensions=exact
-        )
+        sent: Any = {"content": content, "headers": headers, "extensions": exact}
+        request = httpx.Request(method, proxy.url, **sent)
         got = await proxy.client.send(request, stream=True)
         raw = b"".join([chunk async for chunk in got.aiter_raw()])
         await until(lambda: not proxy.proxy._held)
@@ -119,7 +118,7 @@ async def test_anthropic_sdk_needs_only_another_base_url() -> None:
             await proxy.until(in_flight=0, admitted=3)
 
 
-async def test_caller_that_stalls_gives_its_slot_back(
+async def test_stalled_caller_gives_its_slot_back(
     upstream: Upstream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("asyncbucket.cli.proxy.app._STALLED", 0.3)
@@ -186,9 +185,7 @@ async def test_what_cannot_be_understood_never_reaches_the_provider(
     ("target", "message"),
     [(b"*", "not as an HTTP proxy"), (b"/" + b"x" * 65_536, "the path is too long")],
 )
-async def test_path_that_cannot_be_sent_on_is_refused(
-    upstream: Upstream, target: bytes, message: str
-) -> None:
+async def test_odd_path_is_refused(upstream: Upstream, target: bytes, message: str) -> None:
     async with proxied(upstream.url) as proxy:
         exact = {"target": target}
         told = await proxy.client.request("OPTIONS", "/", extensions=exact)
@@ -243,10 +240,8 @@ async def test_agents_at_the_limit_all_succeed() -> None:
 
             async def agent(number: int) -> set[int]:
                 own = {"asyncbucket-agent": f"test/a{number}"}
-                return {
-                    (await answer(proxy, "/v1/chat/completions", **own)).status_code
-                    for _ in range(2)
-                }
+                path = "/v1/chat/completions"
+                return {(await answer(proxy, path, **own)).status_code for _ in range(2)}
 
             statuses = await asyncio.gather(*map(agent, range(50)))
             assert provider.statistics().refused == 0
@@ -298,7 +293,7 @@ async def test_upstream_may_have_the_v1_of_its_callers(upstream: Upstream) -> No
     assert seen == ["/v1/x?", "/v1/x?"]
 
 
-async def test_pool_goes_on_at_the_others_if_a_provider_dies(
+async def test_pool_goes_on_if_a_provider_dies(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("THE_KEY", KEY)

@@ -88,9 +88,8 @@ async def test_large_bodies_pass_without_being_held() -> None:
 
                 async def call(_: int) -> int:
                     size = 0
-                    async with client.stream(
-                        "POST", "/big?20", content=bytes(10 * MEBIBYTE)
-                    ) as reply:
+                    body = bytes(10 * MEBIBYTE)
+                    async with client.stream("POST", "/big?20", content=body) as reply:
                         async for chunk in reply.aiter_raw():
                             size += len(chunk)
                     return size

@@ -45,9 +45,8 @@ class Telemetry:
         self.tracers.add_span_processor(SimpleSpanProcessor(self._spans))
 
     def watch(self, limiter: Limiter, **options: Any) -> Callable[[], None]:
-        return telemetry.opentelemetry(
-            limiter, meter_provider=self.meters, tracer_provider=self.tracers, **options
-        )
+        providers: dict[str, Any] = {"meter_provider": self.meters, "tracer_provider": self.tracers}
+        return telemetry.opentelemetry(limiter, **providers, **options)
 
     @property
     def spans(self) -> tuple[ReadableSpan, ...]:
@@ -66,7 +65,7 @@ class Telemetry:
         """Return the points of a metric by the values of their attributes, sorted by name."""
         points = self.metrics()[name].data.data_points
         return {
-            tuple(value for _, value in sorted(point.attributes.items())): point for point in points
+            tuple(value for _, value in sorted(each.attributes.items())): each for each in points
         }
 
 

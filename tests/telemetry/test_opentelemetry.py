@@ -47,9 +47,7 @@ def test_metrics_are_those_of_prometheus(otel: Telemetry, say: Any, admit: Any) 
     assert len(otel.spans) == 1
 
 
-def test_wait_span_says_what_the_call_waited_for(
-    limiter: Limiter, otel: Telemetry, say: Any, admit: Any
-) -> None:
+def test_wait_span_says_what_for(limiter: Limiter, otel: Telemetry, say: Any, admit: Any) -> None:
     otel.watch(limiter, attributes={"gen_ai.request.model": "gpt-4o"})
     contextvars.Context().run(say, limiter, events.Queued, waiting=4)  # told by another thread
     admit(limiter, waited=1.8, bound_by="tokens", waiting=3)

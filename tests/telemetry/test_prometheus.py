@@ -8,7 +8,7 @@ from asyncbucket import Limiter, agent, telemetry
 from tests.telemetry.conftest import scrape
 
 
-def test_agents_are_counted_while_they_run_and_timed_by_kind(
+def test_agents_are_counted_and_timed_by_kind(
     limiter: Limiter, registry: CollectorRegistry
 ) -> None:
     telemetry.prometheus(limiter, registry=registry)
@@ -50,7 +50,7 @@ def test_dollars_are_counted_when_calls_end(registry: CollectorRegistry) -> None
     assert seen["limit_used_ratio", "usd/86400s", "openai"] == 0.0625 / 25
 
 
-def test_counters_of_watched_limiter_include_those_below_it(
+def test_counters_include_limiters_below(
     limiter: Limiter, registry: CollectorRegistry, admit: Any
 ) -> None:
     chat = limiter.child("chat")

@@ -77,10 +77,7 @@ def test_client_that_disconnects_early_prints_nothing(capfd: pytest.CaptureFixtu
     before = set(threading.enumerate())
     with busy().serve_stats() as server:
         port = int(server.url.rpartition(":")[2])
-        for request in (
-            b"GET / HTTP/1.1\r\nHost: local",
-            b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n",
-        ):
+        for request in (b"GET / HTTP/1.1\r\nHost: local", b"GET / HTTP/1.1\r\nHost: local\r\n\r\n"):
             client = socket.create_connection(("127.0.0.1", port))
             client.sendall(request)
             client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -131,9 +128,7 @@ async def test_statistics_read_as_a_sentence(virtual_time: VirtualTime) -> None:
     (await waiting).release()
 
 
-async def test_trace_keeps_and_saves_the_last_events(
-    virtual_time: VirtualTime, tmp_path: Path
-) -> None:
+async def test_trace_keeps_the_last_events(virtual_time: VirtualTime, tmp_path: Path) -> None:
     limiter = Limiter("60 RPM burst 1", "1k TPM", clock=virtual_time.clock, name="openai")
 
     with limiter.trace() as trace, limiter.trace(last=2) as short:
@@ -166,9 +161,7 @@ def post(url: str, wanted: object, **headers: str) -> tuple[int, dict[str, Any]]
         return error.code, json.loads(text) if text.startswith("{") else {"error": text}
 
 
-def test_program_with_the_token_changes_limits_while_it_runs(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_program_with_the_token_changes_limits(capsys: pytest.CaptureFixture[str]) -> None:
     limiter = busy()
     with limiter.serve_stats(port=0, control=True) as server:
         printed = capsys.readouterr().err

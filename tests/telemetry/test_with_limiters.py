@@ -54,10 +54,8 @@ async def test_counters_match_what_the_provider_saw(registry: CollectorRegistry)
         await asyncio.gather(*(chat.acomplete(f"What is {n} plus 1?") for n in range(20)))
         await asyncio.sleep(0)
         saw, seen, ours = provider.statistics(), scrape(registry), limiter.statistics()
-    ended = {
-        outcome: seen["requests_total", "openai/chat", outcome]
-        for outcome in ("ok", "overloaded", "failed")
-    }
+    outcomes = ("ok", "overloaded", "failed")
+    ended = {each: seen["requests_total", "openai/chat", each] for each in outcomes}
     assert ended == {"ok": saw.admitted, "overloaded": saw.refused, "failed": 0}
     assert sum(ended.values()) == saw.requests == ours.admitted == 22
     assert seen["tokens_total", "used", "openai/chat"] == saw.tokens > 20 * 40
@@ -68,7 +66,7 @@ async def test_counters_match_what_the_provider_saw(registry: CollectorRegistry)
     assert seen["in_flight_requests", "openai"] == seen["queued_requests", "openai"] == 0
 
 
-async def test_every_outcome_of_calls_to_real_limiter_is_counted(
+async def test_every_outcome_is_counted(
     virtual_time: VirtualTime, registry: CollectorRegistry
 ) -> None:
     limiter = Limiter("100 TPM", concurrency=1, max_queue=2, clock=virtual_time.clock, name="mine")
@@ -108,7 +106,7 @@ async def test_every_outcome_of_calls_to_real_limiter_is_counted(
     assert seen["tokens_total", "refunded", "mine"] == 6 + 1
 
 
-async def test_wait_span_is_in_the_trace_of_its_caller(
+async def test_wait_span_is_in_its_callers_trace(
     virtual_time: VirtualTime, otel: Telemetry
 ) -> None:
     limiter = Limiter(concurrency=1, name="openai", clock=virtual_time.clock)
@@ -146,7 +144,7 @@ def watched_in_every_way(limiter: Limiter, otel: Telemetry) -> Callable[[], list
     ]
 
 
-async def test_telemetry_and_errors_reveal_no_secret(
+async def test_telemetry_reveals_no_secret(
     caplog: pytest.LogCaptureFixture, otel: Telemetry
 ) -> None:
     """No key, prompt, password or tenant in an event, a log, a label, a span or an error.
@@ -204,9 +202,7 @@ async def test_number_means_the_same_in_telemetry_and_in_serve_stats(
     assert not any("acme" in label for key in seen for label in key)
 
 
-def test_calls_of_a_watched_child_do_not_count_twice_when_a_pool_of_its_parent_is_watched(
-    registry: CollectorRegistry,
-) -> None:
+def test_calls_of_a_child_do_not_count_twice_beside_its_pool(registry: CollectorRegistry) -> None:
     parent = Limiter("5 RPM", name="key-1")
     child = parent.child("chat")
     telemetry.prometheus(child, registry=registry)
@@ -215,7 +211,7 @@ def test_calls_of_a_watched_child_do_not_count_twice_when_a_pool_of_its_parent_i
     assert scrape(registry)["requests_total", "key-1/chat", "ok"] == 1
 
 
-async def test_members_of_a_pool_are_shown_with_it(
+async def test_pool_is_shown_by_members(
     virtual_time: VirtualTime, registry: CollectorRegistry
 ) -> None:
     a, b = (Limiter(f"{n} RPM", name=f"key-{n}", clock=virtual_time.clock) for n in (100, 300))
@@ -225,9 +221,8 @@ async def test_members_of_a_pool_are_shown_with_it(
         async with each.acquire():
             pass
     assert pool.statistics().admitted == 2
-    ended = {
-        key[1]: n for key, n in scrape(registry).items() if key[::2] == ("requests_total", "ok")
-    }
+    told = scrape(registry).items()
+    ended = {key[1]: n for key, n in told if key[::2] == ("requests_total", "ok")}
     at_b = 2 - a.children[pool.name].statistics().admitted
     assert ended == {
         pool.name: 2, f"{pool.name}/chat": 1,
