@@ -2,11 +2,10 @@
 
 import asyncio
 import itertools
-import json
 import logging
 import threading
 import tracemalloc
-from collections.abc import AsyncIterator, Coroutine, Mapping
+from collections.abc import Coroutine
 from typing import Any
 
 import httpx
@@ -16,7 +15,8 @@ from asyncbucket import CostExceedsLimit, Limiter, events
 from asyncbucket.providers.prefixes import MOST, PATIENCE, Prefixes, Prompt
 from asyncbucket.providers.profiles import ANTHROPIC
 from asyncbucket.providers.usage import Usage
-from asyncbucket.testing import VirtualClock, VirtualTime, VirtualTimeLoop
+from asyncbucket.testing import RateLimitedProvider, VirtualClock, VirtualTime, VirtualTimeLoop
+from asyncbucket.testing.prompt_cache import Cache
 from asyncbucket.waiting import SYNC, SyncIO, run
 
 URL = "https://api.anthropic.com/v1/messages"
@@ -47,75 +47,26 @@ def prompt(own: object = "own", *, stream: bool = True, **body: Any) -> dict[str
     }
 
 
-class Cache(httpx.AsyncBaseTransport, httpx.BaseTransport):
-    """Answer as Anthropic does; the reply begins after one second and ends after ten."""
-
-    def __init__(self, time: VirtualTime | None = None, *, caches: bool = True) -> None:
-        self.time, self.caches = time, caches
-        #: Since when prompts are readable, up to their marks.
-        self.known: dict[str, float] = {}
-        #: When each call came, and its usage.
-        self.calls: list[tuple[float, dict[str, int]]] = []
-        self.fails = 0
-
-    def usage(self, body: Mapping[str, Any]) -> dict[str, int]:
-        now = 0.0 if self.time is None else self.time.now
-        parts, read, last = "", 0, 0
-        blocks = [*body.get("system", ())]
-        for message in body["messages"]:
-            content = message["content"]
-            blocks += [{"text": content}] if isinstance(content, str) else content
-        for block in blocks:
-            parts += block["text"]
-            read = len(parts) // 4 if self.known.get(parts, now + 1) <= now else read
-            last = len(parts) // 4 if "cache_control" in block else last
-            if self.caches and "cache_control" in block:
-                self.known.setdefault(parts, now + (self.time is not None))
-        written = max(0, last - read) if self.caches else 0
-        counts = {
-            "input_tokens": len(parts) // 4 - read - written,
-            "cache_creation_input_tokens": written,
-            "cache_read_input_tokens": read,
-            "output_tokens": 10,
-        }
-        self.calls.append((now, counts))
-        return counts
-
-    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        if self.fails:
-            self.fails -= 1
-            await asyncio.sleep(1)
-            return httpx.Response(400, json={"error": {"message": "no"}})
-        body = json.loads(request.content)
-        usage = self.usage(body)
-        if not body["stream"]:
-            await asyncio.sleep(SECONDS)
-            return httpx.Response(200, json={"usage": usage})
-        headers = {"content-type": "text/event-stream"}
-        return httpx.Response(200, headers=headers, stream=_Events(usage))
-
-    def handle_request(self, request: httpx.Request) -> httpx.Response:
-        return httpx.Response(200, json={"usage": self.usage(json.loads(request.content))})
-
-    @property
-    def written(self) -> int:
-        return sum(counts["cache_creation_input_tokens"] > 0 for _, counts in self.calls)
+def provider_of(time: VirtualTime, *, least: int = 0) -> RateLimitedProvider:
+    """Return one whose replies begin after one second and end after ten."""
+    cache, clock = Cache(least=least), time.clock
+    return RateLimitedProvider(latency=SECONDS, begins=1 / SECONDS, cache=cache, clock=clock)
 
 
-class _Events(httpx.AsyncByteStream):
-    def __init__(self, usage: dict[str, int]) -> None:
-        self.usage = usage
-
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        await asyncio.sleep(1)
-        yield b"data: " + json.dumps({"message": {"usage": self.usage}}).encode() + b"\n\n"
-        await asyncio.sleep(SECONDS - 1)
-        yield b'data: {"type":"message_stop"}\n\n'
+def forget(provider: RateLimitedProvider) -> None:
+    """Forget all prompts, as if they had been written to the cache of another account."""
+    assert provider.enforcer.cache is not None
+    provider.enforcer.cache._until.clear()
 
 
-def client_of(limiter: Limiter, provider: Cache, **options: Any) -> httpx.AsyncClient:
-    transport = limiter.transport(provider, learn=False, **options)
-    return httpx.AsyncClient(transport=transport)
+def came(provider: RateLimitedProvider) -> list[float]:
+    """Return when calls came."""
+    return [each.time_ns / 1e9 for each in provider.arrivals]
+
+
+def client_of(limiter: Limiter, provider: RateLimitedProvider, **options: Any) -> httpx.AsyncClient:
+    transport = limiter.transport(provider.mock_transport(), learn=False, **options)
+    return httpx.AsyncClient(transport=transport, headers={"x-api-key": "any"})
 
 
 async def start(*calls: Coroutine[Any, Any, httpx.Response]) -> "list[asyncio.Task[Any]]":
@@ -132,7 +83,7 @@ def used(limiter: Limiter) -> int:
 
 
 async def test_call_is_charged_what_is_left_once_a_reply_has_begun(time: VirtualTime) -> None:
-    limiter, provider = Limiter(itpm=1_000_000, clock=time.clock), Cache(time)
+    limiter, provider = Limiter(itpm=1_000_000, clock=time.clock), provider_of(time)
     heard: list[events.Event] = []
     limiter.observe(heard.append)
     async with client_of(limiter, provider) as client:
@@ -152,74 +103,74 @@ async def test_call_is_charged_what_is_left_once_a_reply_has_begun(time: Virtual
 
 @pytest.mark.parametrize("stream", [True, False])
 async def test_calls_in_line_are_repriced_in_order(time: VirtualTime, *, stream: bool) -> None:
-    limiter, provider = Limiter(itpm=SHARED + 5 * OWN, clock=time.clock), Cache(time)
+    limiter, provider = Limiter(itpm=SHARED + 5 * OWN, clock=time.clock), provider_of(time)
     async with client_of(limiter, provider) as client:
         calls = (client.post(URL, json=prompt(n, stream=stream)) for n in range(5))
         await asyncio.gather(*calls)
     began = 1.0 if stream else SECONDS
     # The second call finds out whether what was written is read, before the others rely on it.
-    assert [at for at, _ in provider.calls] == [0.0, began, *[2 * began] * 3]
-    assert provider.written == 1
+    assert came(provider) == [0.0, began, *[2 * began] * 3]
+    assert provider.statistics().cache_writes == 1
 
 
 async def test_provider_that_reads_nothing_misleads_us_for_one_call(time: VirtualTime) -> None:
-    limiter, provider = Limiter(itpm=10 * SHARED, clock=time.clock), Cache(time)
+    limiter, provider = Limiter(itpm=10 * SHARED, clock=time.clock), provider_of(time)
     async with client_of(limiter, provider) as client:
         await client.post(URL, json=prompt("a"))
-        provider.known.clear()  # as if written to the cache of another account
+        forget(provider)  # as if written to the cache of another account
         before = used(limiter)
         calls = await start(*(client.post(URL, json=prompt(each)) for each in "bcd"))
         assert used(limiter) - before == OWN + 2 * (SHARED + OWN)
         await asyncio.gather(*calls)
-        provider.known.clear()
+        forget(provider)
         calls = await start(client.post(URL, json=prompt("e")))
         assert used(limiter) == 5 * (SHARED + OWN)
         await asyncio.gather(*calls)
 
 
 async def test_nothing_is_expected_of_a_provider_that_caches_nothing(time: VirtualTime) -> None:
-    limiter, provider = Limiter(itpm=10 * SHARED, clock=time.clock), Cache(time, caches=False)
+    limiter, provider = Limiter(itpm=10 * SHARED, clock=time.clock), provider_of(time, least=10**6)
     async with client_of(limiter, provider, cache="lead") as client:
         await client.post(URL, json=prompt("a"))
         await start(client.post(URL, json=prompt("b")), client.post(URL, json=prompt("c")))
     assert used(limiter) == 3 * (SHARED + OWN)
-    assert [at for at, _ in provider.calls] == [0.0, SECONDS, SECONDS]  # nobody leads in vain
+    assert came(provider) == [0.0, SECONDS, SECONDS]  # nobody leads in vain
 
 
-async def test_prefix_is_found_wherever_its_mark_is_however_written(time: VirtualTime) -> None:
-    limiter, provider = Limiter(itpm=1_000_000, clock=time.clock), Cache(time)
+@pytest.mark.parametrize("as_text", [True, False])
+async def test_prefix_is_found_however_it_is_written(time: VirtualTime, *, as_text: bool) -> None:
+    """And wherever its mark was."""
+    limiter, provider = Limiter(itpm=1_000_000, clock=time.clock), provider_of(time)
     block = {"type": "text", "text": text(5_000, "question")}
     reply = {"role": "assistant", "content": "Yes."}
+    more = {"role": "user", "content": [{"type": "text", "text": text(OWN, "more"), **MARK}]}
     async with client_of(limiter, provider) as client:
         first = prompt(messages=[{"role": "user", "content": [{**block, **MARK}]}])
         await client.post(URL, json=first)
-        more = {"role": "user", "content": [{"type": "text", "text": text(OWN, "more"), **MARK}]}
-        for written in (block["text"], [block]):
-            before = used(limiter)
-            messages = [{"role": "user", "content": written}, reply, more]
-            calls = await start(client.post(URL, json=prompt(messages=messages)))
-            assert used(limiter) - before == (OWN + 1 if isinstance(written, str) else 0)
-            await asyncio.gather(*calls)
+        before = used(limiter)
+        question = {"role": "user", "content": block["text"] if as_text else [block]}
+        await start(client.post(URL, json=prompt(messages=[question, reply, more])))
+        assert used(limiter) - before == OWN + 1
 
 
 async def test_prompt_above_a_limit_goes_alone_only_if_cold(time: VirtualTime) -> None:
-    limiter, provider = Limiter(itpm=SHARED - OWN, clock=time.clock), Cache(time)
+    limiter, provider = Limiter(itpm=SHARED - OWN, clock=time.clock), provider_of(time)
     async with client_of(limiter, provider) as client:
         (await limiter.acquire(input_tokens=1)).release()
         calls = await start(*(client.post(URL, json=prompt(each)) for each in "ab"))
-        assert provider.calls == []
+        assert came(provider) == []
         await asyncio.gather(*calls)
         with pytest.raises(CostExceedsLimit, match="input tokens exceeds the limit of 19,000"):
             await client.post(
                 URL, json=prompt(messages=[{"role": "user", "content": "x" * 80_000}])
             )
-    (cold, counts), (warm, _) = provider.calls
-    assert (counts["cache_read_input_tokens"], provider.written) == (0, 1)
+    cold, warm = came(provider)
+    assert provider.statistics().cache_writes == 1
     assert 60 < cold < 61 < warm
 
 
 async def test_prefix_expires_also_for_calls_in_line(time: VirtualTime) -> None:
-    limiter, provider = Limiter(itpm=10 * SHARED, clock=time.clock), Cache(time)
+    limiter, provider = Limiter(itpm=10 * SHARED, clock=time.clock), provider_of(time)
     async with client_of(limiter, provider) as client:
         await client.post(URL, json=prompt("a"))
         limiter.pause(400)
@@ -246,24 +197,24 @@ async def test_prefix_expires_also_for_calls_in_line(time: VirtualTime) -> None:
 
 @pytest.mark.parametrize("stream", [True, False])
 async def test_one_call_leads_until_its_reply_begins(time: VirtualTime, *, stream: bool) -> None:
-    limiter, provider = Limiter(itpm=1_000_000, clock=time.clock), Cache(time)
+    limiter, provider = Limiter(itpm=1_000_000, clock=time.clock), provider_of(time)
     async with client_of(limiter, provider, cache="lead") as client:
         calls = (client.post(URL, json=prompt(n, stream=stream)) for n in range(5))
         await asyncio.gather(*calls)
-    assert [at for at, _ in provider.calls] == [0.0, *[1.0 if stream else PATIENCE] * 4]
-    assert provider.written == 1
+    assert came(provider) == [0.0, *[1.0 if stream else PATIENCE] * 4]
+    assert provider.statistics().cache_writes == 1
 
 
 async def test_leader_that_fails_or_gives_up_hands_over_to_the_next(time: VirtualTime) -> None:
-    limiter, provider = Limiter(itpm=1_000_000, clock=time.clock), Cache(time)
-    provider.fails = 1
+    limiter, provider = Limiter(itpm=1_000_000, clock=time.clock), provider_of(time)
+    provider.fail_next(status=400)
     async with client_of(limiter, provider, cache="lead") as client:
         calls = await start(*(client.post(URL, json=prompt(each)) for each in range(4)))
-        await asyncio.sleep(1.5)
+        await asyncio.sleep(0.5)
         calls[1].cancel()
         await asyncio.gather(*calls, return_exceptions=True)
-    assert [at for at, _ in provider.calls] == [1.0, 1.5, 2.5]
-    assert provider.written == 2
+    assert came(provider) == [0.0, 0.0, 0.5, 1.5]
+    assert provider.statistics().cache_writes == 1
 
 
 def test_thread_waits_for_the_reply_to_a_leader_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,23 +224,26 @@ def test_thread_waits_for_the_reply_to_a_leader_too(monkeypatch: pytest.MonkeyPa
         waits.set()
         await wait(io, *args)
 
-    class Slow(Cache):
-        def handle_request(self, request: httpx.Request) -> httpx.Response:
-            if not self.calls and not follower.is_alive():
-                follower.start()
-                waits.wait()
-            return super().handle_request(request)
+    def answer(_: httpx.Request) -> httpx.Response:
+        if not calls:
+            calls.append("first")
+            follower.start()
+            waits.wait()
+        calls.append("answered")
+        usage = {"input_tokens": OWN, "output_tokens": 10, "cache_creation_input_tokens": SHARED}
+        return httpx.Response(200, json={"usage": usage})
 
     def call(own: str) -> None:
         client.post(URL, json=prompt(own, stream=False))
 
     monkeypatch.setattr(SyncIO, "wait", tell_and_wait)
-    follower, provider = threading.Thread(target=call, args=("b",)), Slow()
-    transport = Limiter(itpm=1_000_000).transport(provider, learn=False, cache="lead")
+    follower, calls = threading.Thread(target=call, args=("b",)), list[str]()
+    inner = httpx.MockTransport(answer)
+    transport = Limiter(itpm=1_000_000).transport(inner, learn=False, cache="lead")
     with httpx.Client(transport=transport) as client:
         call("a")
         follower.join()
-    assert [counts["cache_read_input_tokens"] for _, counts in provider.calls] == [0, SHARED]
+    assert len(calls) == 3
 
 
 @pytest.mark.parametrize(

@@ -291,27 +291,3 @@ async def test_upstream_may_have_the_v1_of_its_callers(upstream: Upstream) -> No
     async with proxied(f"{upstream.url}/v1/") as proxy:
         seen = [(await proxy.client.get(path)).json()["target"] for path in ("/v1/x", "/x")]
     assert seen == ["/v1/x?", "/v1/x?"]
-
-
-async def test_pool_goes_on_if_a_provider_dies(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("THE_KEY", KEY)
-    with RateLimitedProvider(latency=0.05) as dies, RateLimitedProvider() as lives:
-        file = tmp_path / "pool.toml"
-        members = (
-            f'[member.{name}]\nrpm = 600\nkey_env = "THE_KEY"\nbase_url = "{provider.base_url}"\n'
-            for name, provider in (("dies", dies), ("lives", lives))
-        )
-        file.write_text("".join(members))
-        async with proxied(None, pool=file) as proxy:
-            path = "/v1/chat/completions?debug=1"
-            calls = [proxy.client.post(path, json=CHAT) for _ in range(20)]
-            asking = asyncio.gather(*calls)
-            await until(lambda: dies.statistics().requests)
-            await asyncio.to_thread(dies.stop)
-            replies = await asking
-            shown = (await proxy.client.get(f"{proxy.status_url}/stats")).json()
-    assert [reply.status_code for reply in replies] == [200] * 20
-    assert {"dies", "lives", "pool"} <= {row["name"] for row in shown["limiters"]}
-    assert KEY not in str(shown)
