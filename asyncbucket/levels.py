@@ -396,14 +396,10 @@ def find_provider_meter(node: Node, window: Window) -> Any:
     from asyncbucket.feedback.provider_meter import ProviderMeter
 
     for meter, _ in node.extra:
-        if getattr(meter, "limit", None) is window.limit:
+        if getattr(meter, "key", None) == window.limit.key:
             return meter
-    found = ProviderMeter(window.limit)
-    for date, units in window.entries():
-        if units:
-            found.book(units, date)
-    others = (pair for pair in node.extra if getattr(pair[0], "key", None) != window.limit.key)
-    node.extra = (*others, (found, window.limit.resource))
+    found = ProviderMeter.of(window)
+    node.extra = (*node.extra, (found, window.limit.resource))
     node.pacer.limits_changed_locked(node)
     return found
 

@@ -48,7 +48,7 @@ from collections.abc import Callable, Mapping
 from fractions import Fraction
 from typing import Any, ClassVar, Final, Protocol, TypeAlias
 
-from asyncbucket.engine.limits import Calendar, Limit
+from asyncbucket.engine.limits import Calendar, Key, Limit
 
 #: "Not before something is given back": later than any instant.
 NEVER: Final = 1 << 100
@@ -116,6 +116,10 @@ class Meter(Protocol):
     def available(self, now: int) -> int:
         """Return how many units could pass at ``now``; negative while a debt is paid off."""
         ...
+
+    def renewed(self, limits: "Mapping[Key, Window]") -> "Meter":  # noqa: ARG002 - as above
+        """Return what stands in its place once ``limits`` are in force."""
+        return self
 
     def state(self) -> list[Any]:
         """Return all that it remembers, as plain data for `restore`."""

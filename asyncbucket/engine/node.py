@@ -271,6 +271,7 @@ class Node:
             if learned or self.learned:
                 self.learned = self.learned | {limit.key} if learned else self.learned - {limit.key}
         self.limits = changed
+        self.extra = tuple((meter.renewed(changed), counts) for meter, counts in self.extra)
 
     def exceeded(self, amounts: Amounts) -> Limit | None:
         """Return a limit, here or above, that such a call exceeds, so that it can never pass."""

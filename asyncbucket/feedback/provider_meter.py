@@ -26,10 +26,11 @@ law of this limit in place of the window (`Window.give_way`). `asyncbucket.feedb
 calls back by what is left, where others use the same key.
 """
 
-from typing import ClassVar, Final
+from collections.abc import Mapping
+from typing import ClassVar, Final, Self
 
-from asyncbucket.engine.limits import Limit
-from asyncbucket.engine.meters import Meter
+from asyncbucket.engine.limits import Key, Limit
+from asyncbucket.engine.meters import Meter, Window
 from asyncbucket.engine.statistics import Belief
 from asyncbucket.feedback.proof import Proof
 from asyncbucket.feedback.remaining import Remaining
@@ -89,6 +90,20 @@ class ProviderMeter(Meter):
         #: Since when (ns) that is believed which is, and how many replies or refusals had shown it.
         self._believed = 0, 0
         self._remaining = Remaining(limit, self._proof, with_reserve=self.is_paced)
+
+    @classmethod
+    def of(cls, window: Window) -> Self:
+        """Return one of the limit that ``window`` keeps, with what was booked there."""
+        meter = cls(window.limit)
+        for date, units in window.entries():
+            if units:
+                meter.book(units, date)
+        return meter
+
+    def renewed(self, limits: Mapping[Key, Window]) -> Self:
+        """See `Meter.renewed`: of another limit nothing is known."""
+        window = limits[self.key]
+        return self if window.limit == self.limit else self.of(window)
 
     # --- what passes ---
 

@@ -73,8 +73,6 @@ def _tracer(attempt: Attempt, host: str) -> Callable[..., Coroutine[Any, Any, No
     requests: Requests = attempt.call
     profile = requests.profile = profile_of(host)
     reader = HeaderReader.of(requests.provider) if requests.learn else None
-    if reader is not None:
-        reader.expect()
 
     async def trace(event: str, info: Mapping[str, Any]) -> None:
         if event.endswith(_BODY_STARTED):

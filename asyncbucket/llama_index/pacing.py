@@ -63,6 +63,7 @@ from asyncbucket.llama_index.estimate import (
 from asyncbucket.llama_index.events import report_wait
 from asyncbucket.pools import Pool
 from asyncbucket.providers.errors import never_sent, was_refused
+from asyncbucket.providers.learn import HeaderReader
 from asyncbucket.providers.prefixes import (
     LEAST,
     CacheMode,
@@ -325,6 +326,12 @@ class Pacing:
             "cache": self.cache,
             "learn": self.learn,
         }
+
+    def expect_headers(self) -> None:
+        """Have the limits learn from the first call on: the model's SDK shows what it receives."""
+        members = self.limiter.members if isinstance(self.limiter, Pool) else (self.limiter,)
+        for limiter in members if self.learn else ():
+            HeaderReader.of(limiter).expect()
 
     def __deepcopy__(self, memo: dict[int, object]) -> Self:
         """Return this object: a copy of a model or tool spends from the same budget."""

@@ -2,8 +2,10 @@
 
 import pytest
 
-from asyncbucket import Limit
+from asyncbucket import Limit, Limiter, WouldBlock
 from asyncbucket.feedback.provider_meter import ProviderMeter
+from asyncbucket.levels import meet_provider
+from asyncbucket.testing import VirtualTime
 
 SECOND = 1_000_000_000
 MILLISECOND = 1_000_000
@@ -205,3 +207,18 @@ def test_what_comes_back_of_a_forgotten_booking_lowers_the_backlog() -> None:
     requests.book(500, 0)
     requests.unbook(300, 1)
     assert take(requests, 400, 0)
+
+
+def test_other_limit_is_met_afresh_with_what_was_booked(virtual_time: VirtualTime) -> None:
+    """Nothing is known of it; else a raised limit would wait for the old rate."""
+    limiter = Limiter("60 RPM burst 1", clock=virtual_time.clock)
+    meet_provider(limiter)
+    limiter.acquire_nowait()
+    limiter.reconfigure("60 RPM burst 1")  # the same
+    with pytest.raises(WouldBlock):
+        limiter.acquire_nowait()
+    limiter.reconfigure("6000 RPM")
+    for _ in range(99):
+        limiter.acquire_nowait()
+    with pytest.raises(WouldBlock):
+        limiter.acquire_nowait()

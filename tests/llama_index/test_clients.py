@@ -22,7 +22,7 @@ from openai import AsyncOpenAI
 from pydantic import PrivateAttr
 
 from asyncbucket import Limiter, pace
-from asyncbucket.testing import VirtualTime
+from asyncbucket.testing import RateLimitedProvider, VirtualTime
 from asyncbucket.waiting import PerLoopTransport
 from tests.llama_index.conftest import (
     API_BASE,
@@ -130,6 +130,20 @@ async def test_model_hears_what_the_provider_says_is_left_and_learns_how_it_coun
     assert requests.belief is not None
     assert (requests.belief.kind, requests.belief.size) == ("bucket", 600)
     assert requests.available < 600 - 8  # others' calls count
+
+
+@pytest.mark.parametrize(("learn", "at_once"), [(True, 10), (False, 60)])
+async def test_first_calls_are_careful_while_nothing_is_known(
+    virtual_time: VirtualTime, *, learn: bool, at_once: int
+) -> None:
+    limiter = Limiter("600 RPM", clock=virtual_time.clock)
+    provider = RateLimitedProvider(latency=1.0, clock=virtual_time.clock)
+    client = httpx.AsyncClient(transport=provider.mock_transport())
+    llm = limiter.wrap(make_openai(async_http_client=client), learn=learn)
+    calls = [asyncio.ensure_future(llm.achat(MESSAGES)) for _ in range(100)]
+    await asyncio.sleep(0.05)
+    assert admitted(limiter) == at_once
+    await asyncio.gather(*calls)
 
 
 async def test_model_keeps_the_strict_window_if_it_is_not_to_learn(
