@@ -230,10 +230,8 @@ def count_cached(lease: Lease, *, read: bool, written: bool, saved: int) -> None
     node = lease._node
 
     def count() -> None:
-        for each in node.path:
-            each.cache_reads += read
-            each.cache_writes += written
-            each.cached_tokens += saved
+        for name, number in ("reads", read), ("writes", written), ("saved_tokens", saved):
+            node.count(name, number)
         node.pacer.notify_locked(node, PromptCached, read=read, written=written, saved_tokens=saved)
 
     node.pacer.do_and_tell(count)

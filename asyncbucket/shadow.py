@@ -130,7 +130,7 @@ class Shadow(Account):
             mean_wait=sum(waited for _, waited in root.waits.values()) * 1e-9 / max(1, calls),
             would_fail=ahead._failed,
             prevented=self._prevented,
-            refusals=self._node.upstream_429,
+            refusals=self._node.counts.get("upstream_429", 0),
             waits={name: Waits(count, ns * 1e-9) for name, (count, ns) in root.waits.items()},
         )
 

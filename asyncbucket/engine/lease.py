@@ -689,7 +689,7 @@ def _warn_of_first(node: Node) -> None:
     Whoever forgets to await does so from the first call on. So only those of a limiter that nobody
     has used yet are watched.
     """
-    if not (node.admitted or node.waiting or node.refused or node.cancelled):
+    if not (node.admitted or node.waiting or node.counts):
         warnings.warn(
             "an acquisition was never awaited, so nothing was paced: write "
             "`await limiter.acquire(...)` or `async with limiter.acquire(...):`",

@@ -53,10 +53,9 @@ class Node:
     sizer: Sizer | None = None
     #: Called before it is forgotten, if it was let go.
     on_finalize: "Callable[[Node], object] | None" = None
-    cancelled = refused = upstream_429 = 0
-    #: Calls whose prompts were read from the provider's cache, or written to it; and the tokens that
-    #: the limits did not count because of that.
-    cache_reads = cache_writes = cached_tokens = 0
+    #: How often something else happened to its calls than being admitted, by its name in `Statistics` or
+    #: `CacheUse`.
+    counts: dict[str, int] = EMPTY_MAPPING
     #: Units given back by settling, by resource.
     refunded: dict[str, int] = EMPTY_MAPPING
     #: How many calls waited, and how long (ns) in total, by what bound them.
@@ -332,10 +331,11 @@ class Node:
 
     # --- what happened ---
 
-    def count(self, counter: str) -> None:
-        """Count a call, here and above."""
+    def count(self, what: str, number: int = 1) -> None:
+        """Count what has happened to a call, here and above."""
         for node in self.path:
-            setattr(node, counter, getattr(node, counter) + 1)
+            node.counts = node.counts or {}
+            node.counts[what] = node.counts.get(what, 0) + number
 
     def count_waits(self, calls: int, waited: int, bound_by: str) -> None:
         """Count ``calls`` calls that waited ``waited`` ns in all, here and above."""

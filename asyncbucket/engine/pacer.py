@@ -308,8 +308,7 @@ class Pacer:
         dispatcher, node, now = waiter.dispatcher, waiter.line.node, self.clock()
         if dispatcher.dispatch is None and dispatcher is not NOWHERE:
             return  # it waited in the parent process
-        for each in (node.common or node).path:
-            each.cancelled += 1
+        (node.common or node).count("cancelled")
         if self.observed:
             cost, waited = Cost.of(waiter.amounts), (now - waiter.asked) * 1e-9
             self.notify_locked(node.common or node, Cancelled, cost=cost, waited=waited)

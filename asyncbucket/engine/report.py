@@ -4,6 +4,7 @@ An error says what binds, for how long, and the remedy. It asks the same functio
 as whoever admits calls.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -165,23 +166,23 @@ def statistics_locked(node: Node) -> Statistics:
     pacer: Pacer = node.pacer
     pacer.run_jobs_locked()
     discard_closed(pacer)
-    now = pacer.clock()
+    now, counts = pacer.clock(), Counter(node.counts)
     return Statistics(
         name=node.name,
         admitted=node.admitted,
-        refused=node.refused,
-        cancelled=node.cancelled,
+        refused=counts["refused"],
+        cancelled=counts["cancelled"],
         waiting=node.waiting,
         in_flight=node.in_flight,
         concurrency=node.concurrency,
         paused=max((0, *(pause.until - now for pause in node.pauses()))) * 1e-9,
-        upstream_429=node.upstream_429,
+        upstream_429=counts["upstream_429"],
         overridden=pacer.overridden,
         waits={name: Waits(n, ns * 1e-9) for name, (n, ns) in node.waits.items()},
         refunded=dict(node.refunded),
         limits=tuple(_uses(node, now)),
         bound_by=_bound_by(node, now),
-        cache=CacheUse(node.cache_reads, node.cache_writes, node.cached_tokens),
+        cache=CacheUse(counts["reads"], counts["writes"], counts["saved_tokens"]),
     )
 
 
