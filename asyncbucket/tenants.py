@@ -83,7 +83,9 @@ class Tenants(Generic[L]):
 
         text = tenant.encode(errors="surrogatepass")
         limiter = self._make(f"*{hashlib.blake2s(text, digest_size=8).hexdigest()}", terms)
-        self._nodes[tenant] = limiter._node
+        self._nodes[tenant] = node = limiter._node
+        if node.pacer.place is not None:
+            node.keeper = node.pacer.place.below(node)
         return limiter
 
     def _review_oldest(self) -> None:

@@ -140,12 +140,20 @@ class Sizer(Protocol):
 
 
 class Place(Account):
-    """Keep the limits of a root where other processes reach them.
+    """Keep the limits of a root, or of a tenant, where other processes reach them.
 
-    The pacer decides who goes next, and books the limits below the root. Then the call stands here
-    until the store has booked it and its start has come. `room`, `push`, `leave` and `ended` are
-    called with the pacer's lock held.
+    The pacer decides who goes next, and books what is limited here. Then the call stands at its
+    tenant's place until the store has booked it, and then at the root's, until that is booked, too,
+    and its start has come. `room`, `push`, `leave` and `ended` are called with the pacer's lock held.
     """
+
+    def below(self, node: Any) -> "Place":
+        """Return what keeps the limits of ``node``, a tenant, in the same store."""
+        raise NotImplementedError
+
+    def is_idle(self) -> bool:
+        """Tell whether the store knows everything, so that this may be forgotten."""
+        raise NotImplementedError
 
     def room(self, dispatcher: Any) -> bool:
         """Tell whether it takes another call of this dispatcher now; it rings the dispatcher when that changes."""

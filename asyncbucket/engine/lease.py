@@ -614,8 +614,8 @@ class Lease(OfThisProcess):
         pacer: Pacer = self._node.pacer
         for level in given_up:
             level.in_flight -= 1
-        if pacer.place is not None:
-            pacer.place.ended(self, "ok")
+            if level.place is not None:
+                level.place.ended(self, "ok")
         pacer.ring_locked(self._node)
 
     def _end(self, outcome: Outcome) -> None:

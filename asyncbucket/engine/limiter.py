@@ -269,8 +269,7 @@ class Limiter(OfThisProcess):
         if not node.admitted:
             return
         place = node.pacer.place
-        levels = node.path if place is None else node.path[:-1]
-        limits = [window for level in levels for window in level.limits.values()]
+        limits = [each for level in node.path if not level.place for each in level.limits.values()]
         unpaid = [window.limit for window in limits if not window.was_used]
         unpaid += [] if place is None else [use.limit for use in place.use() if not use.used]
         ended, few = node.admitted - node.in_flight, {USD: _MANY_WITHOUT_PRICE}

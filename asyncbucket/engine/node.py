@@ -19,7 +19,7 @@ from typing import Any, Final
 from asyncbucket.engine.cost import COMMON
 from asyncbucket.engine.errors import CostExceedsLimit
 from asyncbucket.engine.events import Event, Observers, Outcome
-from asyncbucket.engine.interfaces import Account, Admission, Order, PauseMeter, Sizer
+from asyncbucket.engine.interfaces import Account, Admission, Order, PauseMeter, Place, Sizer
 from asyncbucket.engine.limits import Key, Limit
 from asyncbucket.engine.meters import NEVER, Amounts, Meters, Route, Window, admit
 from asyncbucket.engine.wording import counted
@@ -51,6 +51,8 @@ class Node:
     learned: frozenset[Key] = frozenset()
     #: What finds the number of slots, if it is not given.
     sizer: Sizer | None = None
+    #: What keeps its limits, once it has some: see `place`.
+    keeper: Place | None = None
     #: Called before it is forgotten, if it was let go.
     on_finalize: "Callable[[Node], object] | None" = None
     #: How often something else happened to its calls than being admitted, by its name in `Statistics` or
@@ -142,7 +144,7 @@ class Node:
             self.path,
             (*self.own.meters, *(above.meters if above else ())),
             bounded=(*self.own.bounded, *(above.bounded if above else ())),
-            accounts=(*told, *(above.accounts if above else () if place is None else (place,))),
+            accounts=(*told, *((place,) if place else ()), *(above.accounts if above else ())),
             most=above.most if above and not is_limited else self._most(),
             seconds=above.seconds if above and not is_limited else self._seconds(),
         )
@@ -189,7 +191,14 @@ class Node:
     @property
     def place(self) -> Any:
         """What keeps its limits and slots (`asyncbucket.engine.interfaces.Place`), if a store does."""
-        return None if self.parent is not None else self.pacer.place
+        if self.parent is None:
+            return self.pacer.place
+        return self.keeper if self.keeper and (self.limits or self.slots < NEVER) else None
+
+    @property
+    def places(self) -> Iterator[Any]:
+        """What keeps limits and slots here and above, from here up to the root."""
+        return filter(None, (node.place for node in self.chain))
 
     # --- what its calls pass ---
 
@@ -357,6 +366,7 @@ class Node:
         """Tell whether a limiter made anew would do the same, so that this one may be forgotten."""
         return (
             not (self.in_flight or self.waiting or self.children or self.observers or self.learned)
+            and (self.keeper is None or self.keeper.is_idle())
             and not (self.order and self.order.applies)
             and all(window.is_as_new(now) for window in self.limits.values())
             and all(meter.available(now) >= NEVER for meter, _ in self.extra)

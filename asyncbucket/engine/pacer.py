@@ -590,14 +590,16 @@ class Pacer:
     def _push(self, waiter: AnyWaiter, place: Place, now: int) -> None:
         """Hand ``waiter`` over to the store, booked below the root."""
         line = waiter.line
-        below = tuple(pair for each in line.node.chain[:-1] for pair in each.own.meters)
+        below = tuple(
+            pair for each in line.node.chain if each.place is None for pair in each.own.meters
+        )
         for meter, resource in below:
             amount = waiter.amounts.get(resource)
             if amount:
                 meter.book(amount, now)
         for each in line.node.path:
             each.in_flight += 1
-        place.push(waiter, below, now)
+        next(line.node.places).push(waiter, below, now)
         self.leave_lines(waiter, line)
         for each in line.node.chain:
             each.waiting += 1  # it stands at the store

@@ -50,6 +50,8 @@ from asyncbucket.engine.node import Node
 
 #: The ratio of the weights of neighboring priorities among those that wait.
 _STEP: Final = 8.0
+#: When (ns) to look again whether what keeps a tenant's limits takes another call.
+_LATER: Final = 1_000_000_000
 
 
 class _Waiting:
@@ -308,7 +310,10 @@ class Branch(Flow):
         own, since = self.node.own, waiter.line.since
         due, bound_by = admit(own, waiter.amounts, since, now, book=False, back=back)
         if due <= now:
-            return waiter, now
+            place = self.node.place
+            if place is None or place.room(waiter.dispatcher):
+                return waiter, now
+            due = now + _LATER  # or as soon as the place has room
         waiter.line.bound_by = bound_by
         return None, min(due, self._next_waking())  # another call may be the head by then
 

@@ -123,6 +123,11 @@ def ways_of(node: Node, amounts: Amounts) -> list[Node]:
     return [*(node.able(amounts) or node.ways or (node,))]
 
 
+def _held_up(node: Node) -> tuple[str, int] | None:
+    """Return what a store holds up the first of those calls for, and until when at least."""
+    return next(filter(None, (place.held_up() for place in node.places)), None)
+
+
 def _reason_locked(
     node: Node, amounts: Amounts, now: int, *, at_once: bool
 ) -> tuple[int, str | None, str]:
@@ -137,7 +142,7 @@ def _reason_locked(
             why = f"above a burst of {most} it earns the rest while it is first in line"
             return NEVER, limit.resource, why
     if bound_by is None and pacer.place is not None:
-        known = pacer.place.held_up()
+        known = _held_up(node)
         if known is None:
             return NEVER, None, "the store that keeps its limits has to be asked"
         bound_by, due = known[0], max(now, known[1])
@@ -205,7 +210,7 @@ def _bound_by(node: Node, now: int) -> str | None:
     pacer: Pacer = node.pacer
     if not node.waiting:
         return None
-    known = None if pacer.place is None else pacer.place.held_up()
+    known = _held_up(node)
     lines = [line for tree in pacer.trees for line in tree.top.lines()]
     lines = [line for line in lines if line.living and node in line.node.path]
     lines.sort(key=lambda line: (line.node.path[0] is not node, -line.priority))  # its own first

@@ -23,6 +23,7 @@ may exceed a limit. ``"closed"`` admits nobody, ``"open"`` everybody.
 import logging
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from fractions import Fraction
 from typing import TYPE_CHECKING, Final
 
@@ -101,18 +102,27 @@ class StoreHealth:
         now = self._clock()
         debts = self._recover(now) if self.is_gone else []
         self._offset, self._heard = receipt.now - now, receipt
+        self._place.offset, self._place.heard = self._offset, receipt
         self.record.configure(config, receipt.now)
         return debts
 
     def fail(self, error: StoreError) -> None:
         """Note that the store did not answer: go on alone from now on, and try again later."""
-        place, workers, now = self._place, self._heard.workers, self._clock()
+        place, now = self._place, self._clock()
         self.retry_at = now + _RETRY_INTERVAL
         if self.is_gone:
             return
         self.is_gone, self._lost_at = True, now
+        if (root := place.root) is not None:  # any of its processes may have calls of the tenant
+            known = root.heard
+            if not self._heard.now:
+                self._offset = root.offset
+            self._heard = replace(self._heard, workers=known.workers, steady=known.steady)
+        workers = self._heard.workers
         if place.on_outage == "share":
             take_share(self.record, workers, self._heard.left, now + self._offset)
+        if root is not None:  # it says the same
+            return
         how = place.name, place.on_outage, workers
         says = "%s; limiter %s goes on alone (%s), as 1 of %d"
         if place.on_outage == "share" and not self._is_steady():
@@ -158,6 +168,12 @@ class StoreHealth:
         if place.on_outage == "share":
             self.resume_at = now + RECOVERY_TIME
         admitted, self._admitted = self._admitted, []
+        debts = [
+            Correction(start=when, booked={}, used=dict(units), dated=True)
+            for when, units in admitted
+        ]
+        if place.root is not None:
+            return debts
         in_all: Counter[str] = sum((units for _, units in admitted), Counter())
         seconds = (now - self._lost_at) * 1e-9
         _log.warning(
@@ -167,7 +183,4 @@ class StoreHealth:
             ", ".join(counted(units, name) for name, units in in_all.items()) or "nothing",
         )
         place.notify(StoreRecovered, seconds=seconds)
-        return [
-            Correction(start=when, booked={}, used=dict(units), dated=True)
-            for when, units in admitted
-        ]
+        return debts

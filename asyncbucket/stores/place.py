@@ -16,6 +16,7 @@ import contextlib
 import os
 import re
 import secrets
+import weakref
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Final
@@ -33,14 +34,19 @@ from asyncbucket.engine.statistics import LimitUse
 from asyncbucket.engine.terms import OnOutage
 from asyncbucket.stores import open_store
 from asyncbucket.stores.session import Reservation, Session
-from asyncbucket.stores.store import SLOT, Batch, Correction, LimitConfig, Store
+from asyncbucket.stores.store import SLOT, Batch, Correction, LimitConfig, Receipt, Store
 from asyncbucket.stores.thread import StoreThread
+
+# It touches the private parts of leases, and of the places above and below.
+# ruff: noqa: SLF001
 
 #: The bounds of the number of calls that wait to be booked.
 _MIN_ROOM: Final = 4
 _MAX_ROOM: Final = 512
 #: A start may be late by this part of the window; if it is later, the booking is moved.
 TOLERANCE: Final = 128
+#: While a call waits for the root, what its tenant has booked is moved each time this part of the window has passed.
+_WAITING: Final = 8
 #: A name is part of keys on a server, in braces.
 _NAME: Final = re.compile(r"[^{}]{1,200}")
 _AUTO_REFUSED: Final = (
@@ -121,7 +127,8 @@ class _Standing:
     line: Line
     below: Meters
     when: int
-    reservation: Reservation | None = None
+    #: What each place has booked.
+    given: "dict[StorePlace, Reservation]" = field(default_factory=dict)
 
     def redate(self, waiter: Any, now: int) -> None:
         """Date to ``now`` what ``waiter`` has booked below the root."""
@@ -130,11 +137,41 @@ class _Standing:
                 meter.redate(amount, self.when, now)
         self.when = now
 
+    def is_stale(self, now: int) -> bool:
+        """Tell whether others may have by now what was booked: then it has to be asked for again."""
+        return any(now - each.start > place.span(each) // 4 for place, each in self.given.items())
+
+    def move(self, now: int, part: int) -> int:
+        """Move to ``now`` what was booked longer than that part of its window ago; return when to look again."""
+        look_at = NEVER
+        for place, each in self.given.items():
+            tolerance = place.span(each) // part
+            if tolerance < now - each.start <= place.span(each) // 4:
+                self.given[place] = place.move(each, now)
+                look_at = min(look_at, now + tolerance + 1)
+            elif each.start + tolerance >= now:
+                look_at = min(look_at, each.start + tolerance + 1)
+        return look_at
+
+    def cancel(self) -> None:
+        """Give back what was booked, whether or not its start has come."""
+        for place, each in self.given.items():
+            place.cancel(each)
+        self.given.clear()
+
 
 class StorePlace(Place):
     """Keep what a process has to do with the store; see `asyncbucket.engine.interfaces.Place`."""
 
-    def __init__(self, node: Node, store: Any, *, on_outage: OnOutage, slot_ttl: float) -> None:
+    def __init__(
+        self,
+        node: Node,
+        store: Any,
+        *,
+        on_outage: OnOutage,
+        slot_ttl: float,
+        root: "StorePlace | None" = None,
+    ) -> None:
         """Keep the limits of ``node``, a root, in ``store``; processes share them by its name.
 
         Args:
@@ -143,6 +180,7 @@ class StorePlace(Place):
                 open when the limiter is closed, because others may use it.
             on_outage: what to do while the store is gone: see `asyncbucket.stores.outage`.
             slot_ttl: seconds without a sign of life after which a process's slots come back.
+            root: what keeps the root's limits, if ``node`` is a tenant.
 
         Raises:
             ValueError: no store accepts the name, the URL is not a store's, the limiter finds its
@@ -150,23 +188,25 @@ class StorePlace(Place):
             TypeError: ``store`` is neither a URL nor a store.
             ImportError: the extra for this store is not installed.
         """
-        if not (_NAME.fullmatch(node.name) and node.name.isprintable()):
+        if root is None and not (_NAME.fullmatch(node.name) and node.name.isprintable()):
             raise ValueError(
                 f"a limiter's name in a store has 1 to 200 printable characters and no braces, not "
                 f"{node.name[:201]!r}"
             )
         #: Whether the session makes the store, and closes it.
         self.owns_store = isinstance(store, str)
-        if self.owns_store and store.lower().startswith("sqlite:"):
+        if root is None and self.owns_store and store.lower().startswith("sqlite:"):
             store = open_store(store).url  # which is absolute: changing directories is harmless
         self._given = store
+        self.root = root
         self.name = node.name
         self.on_outage: OnOutage = on_outage
         self.slot_ttl = slot_ttl
         self._node = node
         self._pacer = node.pacer
         self.clock = self._pacer.clock
-        self.make_store()  # a wrong URL is refused here, not at the first call
+        if root is None:
+            self.make_store()  # a wrong URL is refused here, not at the first call
         self.check((), None)
         self.after_fork()
         reset_after_fork(self)
@@ -179,6 +219,9 @@ class StorePlace(Place):
         self.outbox = Outbox()
         #: The calls that wait here, those that are booked first.
         self.calls: dict[AnyWaiter, _Standing] = {}
+        #: The places of tenants that were used; and those whose calls may soon stand here.
+        self._below: weakref.WeakSet[StorePlace] = weakref.WeakSet()
+        self._coming: set[StorePlace] = set()
         #: How many of them may wait to be booked.
         self._room = _MIN_ROOM
         #: Why no call waits any more that had come before, and the number of the last one of them.
@@ -187,29 +230,45 @@ class StorePlace(Place):
         self._slots: set[int] = set()
         #: The units that are left of each limit, as last heard.
         self.left: dict[Limit, int] = {}
+        #: The last answer, and the store's clock minus this one.
+        self.heard, self.offset = Receipt(now=0), 0
 
     # --- what the pacer asks: see `asyncbucket.engine.interfaces.Place` ---
 
+    def below(self, node: Node) -> "StorePlace":
+        options: Any = {"on_outage": self.on_outage, "slot_ttl": self.slot_ttl}
+        return StorePlace(node, self._given, root=self, **options)
+
+    def is_idle(self) -> bool:
+        return self._session is None and self.outbox.batch == Batch()
+
     def room(self, dispatcher: Dispatcher) -> bool:
-        self._open_session(dispatcher.loop)
+        if self.root is None:
+            self._open_session(dispatcher.loop)
         return self.has_room(self.clock())
 
     def push(self, waiter: AnyWaiter, below: Meters, now: int) -> None:
-        session = self._open_session(waiter.dispatcher.loop)
-        self.calls[waiter] = _Standing(waiter.line, below, now)
-        session.wake_for(waiter)
+        self._stand(waiter, _Standing(waiter.line, below, now))
+
+    def _stand(self, waiter: AnyWaiter, standing: _Standing) -> None:
+        if self.root is not None:
+            self.root._below.add(self)
+            self.root._coming.add(self)
+        self.calls[waiter] = standing
+        self._open_session(waiter.dispatcher.loop).wake_for(waiter)
 
     def leave(self, waiter: AnyWaiter) -> Line | None:
-        standing = self.calls.pop(waiter, None)
-        if standing is None:
+        places = (self, *waiter.line.node.places)
+        place = next((each for each in places if waiter in each.calls), None)
+        if place is None:
             return None
+        standing: _Standing = place.calls.pop(waiter)
         for meter, resource in standing.below:
             if amount := waiter.amounts.get(resource):
                 meter.unbook(amount, standing.when)
-        if standing.reservation is not None:
-            self._cancel(standing.reservation)
-        if self._session is not None:
-            self._session.ask_again()
+        standing.cancel()
+        if place._session is not None:
+            place._session.ask_again()
         return standing.line
 
     def ended(self, lease: Any, outcome: Outcome) -> None:  # noqa: ARG002 - it is free either way
@@ -261,13 +320,16 @@ class StorePlace(Place):
 
         Calls in flight keep their slots; the last one to give its slot back disconnects.
         """
-        told: concurrent.futures.Future[None] = concurrent.futures.Future()
+        closing: list[concurrent.futures.Future[None]] = []
         with self._pacer:
-            self.fail_all(StoreError(_CLOSED))
-            if self._session is None or not (self.owns_store or self._session.loop.is_running()):
-                return
-            self._session.close(told)
-        await asyncio.wrap_future(told)
+            for place in (*self._below, self):
+                place.fail_all(StoreError(_CLOSED))
+                session = place._session
+                if session is not None and (self.owns_store or session.loop.is_running()):
+                    closing.append(concurrent.futures.Future())
+                    session.close(closing[-1])
+        for each in closing:
+            await asyncio.wrap_future(each)
 
     # --- what the session asks ---
 
@@ -280,7 +342,7 @@ class StorePlace(Place):
         pacer.catch_up(tell=False)
         loops = [each.loop for each in list(pacer.dispatchers.values())] if pacer.news else []
         running = [loop for loop in loops if loop is not None and loop.is_running()]
-        here = asyncio._get_running_loop()  # noqa: SLF001 - None in a plain thread
+        here = asyncio._get_running_loop()  # None in a plain thread
         if running and here not in running:
             running[0].call_soon_threadsafe(pacer.catch_up)
         else:
@@ -339,7 +401,9 @@ class StorePlace(Place):
 
         Otherwise limits there would forget those that wait for long, and let too many leave at once.
         """
-        if sum(each.reservation is None for each in self.calls.values()) >= self._room:
+        self._coming = {each for each in self._coming if each.calls and not each.holds_up()}
+        coming = sum(len(each.calls) for each in self._coming)
+        if coming + sum(self not in each.given for each in self.calls.values()) >= self._room:
             return False
         for waiter, standing in self.calls.items():
             standing.redate(waiter, now)
@@ -358,14 +422,14 @@ class StorePlace(Place):
 
     def batch(self, heads: Iterable[AnyWaiter]) -> Batch:
         """Return what to send, with what ``heads`` cost; its weight are all calls that wait, wherever."""
-        booked = sum(each.reservation is not None for each in self.calls.values())
+        booked = sum(self in each.given for each in self.calls.values())
         return self.outbox.take(map(self._to_ask, heads), self._node.waiting - booked)
 
     def _unbooked(self) -> list[AnyWaiter]:
         return [
             waiter
             for waiter, standing in self.calls.items()
-            if standing.reservation is None and not waiter.done()
+            if self not in standing.given and not waiter.done()
         ]
 
     def _discard(self) -> None:
@@ -428,16 +492,23 @@ class StorePlace(Place):
         return amounts
 
     def reserve(self, waiter: AnyWaiter, reservation: Reservation) -> None:
-        """Keep what a call was given until it starts; it may have given up meanwhile."""
+        """Keep what a call was given until it starts; it may have given up meanwhile.
+
+        A tenant's goes on to the place above.
+        """
         self.outbox.held += reservation.slot
-        if waiter in self.calls:
-            self.calls[waiter].reservation = reservation
+        if waiter not in self.calls:
+            self.cancel(reservation)
+            return
+        self.calls[waiter].given[self] = reservation
+        if self.root is None:
             self._pacer.leave_lines(waiter)  # it is bound to this store now
         else:
-            self._cancel(reservation)
+            above = next(place for place in self._node.places if place is not self)
+            above._stand(waiter, self.calls.pop(waiter))
 
-    def _cancel(self, reservation: Reservation) -> None:
-        """Give back what was booked for a call that is gone, whether or not its start has come."""
+    def cancel(self, reservation: Reservation) -> None:
+        """Give back a booking."""
         self.correct(Correction.undo(reservation.amounts, reservation.booked_at))
         if reservation.slot:
             self._release()
@@ -452,56 +523,63 @@ class StorePlace(Place):
         self._discard()
         next_start, elsewhere = NEVER, set[asyncio.AbstractEventLoop]()
         for waiter, standing in list(self.calls.items()):
-            loop, reservation = waiter.dispatcher.loop or home, standing.reservation
-            if reservation is None or waiter.done():  # it gave up, and will leave
+            loop, given = waiter.dispatcher.loop or home, standing.given
+            if waiter.done():  # it gave up, and will leave
                 continue
-            if reservation.start > now:
-                next_start = min(next_start, reservation.start)
+            if self not in given:
+                next_start = min(next_start, standing.move(now, _WAITING))
+            elif (start := max(each.start for each in given.values())) > now:
+                next_start = min(next_start, start)
             elif loop is not here:
                 elsewhere.add(loop)
             else:
                 standing.redate(waiter, now)
-                self._admit(waiter, reservation, standing.below, now)
+                self._admit(waiter, standing, now)
         return next_start, elsewhere
 
-    def _admit(self, waiter: AnyWaiter, reservation: Reservation, below: Meters, now: int) -> None:
+    def _admit(self, waiter: AnyWaiter, standing: _Standing, now: int) -> None:
         """Let a booked call go, because its start has come, unless it gives up in this moment."""
-        moved = self._moved(reservation, now)
-        if moved is None:
-            self._cancel(reservation)
-            self.calls[waiter].reservation = None
+        if standing.is_stale(now):
+            standing.cancel()
+            first = next(standing.line.node.places)
+            if first is not self:
+                del self.calls[waiter]
+            first._stand(waiter, standing)
             return
-        reservation = moved
-        # A call may use limited resources that it did not reserve.
-        amounts = {**dict.fromkeys(self._node.resources(), 0), **reservation.amounts}
-        booked: list[Any] = [
-            (BookedMeter(self, reservation, resource, units), resource)
-            for resource, units in amounts.items()
-            if resource != SLOT
-        ]
-        standing = self.calls.pop(waiter)
+        standing.move(now, TOLERANCE)
+        given, bound_by = standing.given.items(), None
+        booked: list[tuple[Any, str, int]] = []
+        for place, each in given:
+            # A call may use limited resources that it did not reserve.
+            amounts = {**dict.fromkeys(place._node.resources(), 0), **each.amounts}
+            booked += [
+                (BookedMeter(place, each, resource, units), resource, units)
+                for resource, units in amounts.items()
+                if resource != SLOT
+            ]
+            bound_by = each.bound_by or bound_by
+        meters = (*standing.below, *((meter, resource) for meter, resource, _ in booked))
+        del self.calls[waiter]
         waiter.line = standing.line
-        if not self._pacer.pass_on_locked(waiter, (*below, *booked), now, reservation.bound_by):
+        if not self._pacer.pass_on_locked(waiter, meters, now, bound_by):
             self.calls[waiter] = standing
             return
-        for meter, resource in booked:
-            if debt := waiter.amounts.get(resource, 0) - amounts[resource]:
+        for meter, resource, units in booked:
+            if debt := waiter.amounts.get(resource, 0) - units:
                 meter.owe(debt, now)
-        if reservation.slot:
-            self._slots.add(id(waiter.lease))
+        for place, each in given:
+            if each.slot:
+                place._slots.add(id(waiter.lease))
         waiter.dispatcher.ring(now)  # a thread has to dispatch
 
-    def _moved(self, reservation: Reservation, now: int) -> Reservation | None:
-        """Return the booking of a call that starts now, moved to now if its window would forget it too early.
+    def span(self, reservation: Reservation) -> int:
+        """Return the shortest window in which a booking counts."""
+        windows = self._node.limits.values() if reservation.booked_at else ()
+        return min((window.window for window in windows), default=NEVER)
 
-        None if it is so late that others may have its units by now: then it is asked for again.
-        """
+    def move(self, reservation: Reservation, now: int) -> Reservation:
+        """Return the booking of a call that starts later than it was booked for, moved to now."""
         late = now - reservation.start
-        shortest = min((window.window for window in self._node.limits.values()), default=NEVER)
-        if not reservation.booked_at or late <= shortest // TOLERANCE:
-            return reservation
-        if late > shortest // 4:
-            return None
         moved = replace(reservation, booked_at=reservation.booked_at + late, start=now)
         self.correct(Correction.undo(reservation.amounts, reservation.booked_at))
         again = Correction(start=moved.booked_at, booked={}, used=reservation.amounts, dated=True)
@@ -514,15 +592,12 @@ class StorePlace(Place):
             with self.lock():
                 places = [tree.place for tree in self._pacer.trees if tree.place is not None]
                 for waiter in [waiter for place in places for waiter in place.held_back()]:
-                    waiter.lease._seek_locked(waiter, self.clock())  # noqa: SLF001 - no user is to see it
+                    waiter.lease._seek_locked(waiter, self.clock())
                 self.ring_dispatchers()
 
     def ring_dispatchers(self) -> None:
         """Have those dispatch whose calls wait: there may be room; with the lock held."""
-        now = self.clock()
-        for dispatcher in list(self._pacer.dispatchers.values()):
-            if dispatcher.waiting:
-                dispatcher.ring(now)
+        self._pacer.ring_locked(self._node)
 
     def forget(self, session: Session) -> None:
         """Note that a session has ended."""
@@ -534,8 +609,8 @@ class StorePlace(Place):
     def correct(self, correction: Correction) -> None:
         """Have a booking changed."""
         self.outbox.add(corrections=(correction,))
-        if self._session is not None:
-            self._session.report(correction)
+        if session := self._rejoin():
+            session.report(correction)
 
     def _release(self) -> None:
         """Give a slot back."""
@@ -544,8 +619,14 @@ class StorePlace(Place):
             self._session.report(None)
 
     def _ring(self) -> None:
-        if self._session is not None:
-            self._session.ring()
+        if session := self._rejoin():
+            session.ring()
+
+    def _rejoin(self) -> Session | None:
+        """Return the session, opened again if it is a tenant's, who has something to say after a while."""
+        if self._session is None and self.root is not None and self.owns_store:
+            self._open_session(None)
+        return self._session
 
     def _open_session(self, loop: asyncio.AbstractEventLoop | None) -> Session:
         """Return the session; if there is none, open it, on ``loop`` if the store is the user's."""

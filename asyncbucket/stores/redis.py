@@ -190,10 +190,17 @@ class RedisStore:
         return cls(client, url="redis (your client)", owned=False)
 
     async def open(
-        self, name: str, config: LimitConfig, *, worker: str | None = None, slot_ttl: float = 30.0
+        self,
+        name: str,
+        config: LimitConfig,
+        *,
+        worker: str | None = None,
+        slot_ttl: float = 30.0,
+        joins: bool = True,
     ) -> "RedisLedger":
         """See `asyncbucket.stores.store.Store.open`."""
-        return await RedisLedger(self, name, worker, slot_ttl).join(config)
+        ledger = RedisLedger(self, name, worker, slot_ttl)
+        return await ledger.open(config, joins=joins)
 
     async def peek(self, name: str) -> Snapshot | None:
         """See `asyncbucket.stores.store.Store.peek`."""
@@ -345,7 +352,8 @@ class RedisLedger(Ledger):
         super().__init__(store, name, worker, silence)
         self._store = store
         self._ttl = round(slot_ttl * 1_000_000)
-        hash_tag = f"asyncbucket:{{{name}}}"
+        limiter, star, tenant = name.partition("/*")  # which is on the same node of a cluster
+        hash_tag = f"asyncbucket:{{{limiter}}}{star}{tenant}"
         self._keys = (f"{hash_tag}:state", f"{hash_tag}:workers", f"{hash_tag}:line")
         self._codec = Codec(LimitConfig())
         #: The epoch that the worker knows.
@@ -362,7 +370,8 @@ class RedisLedger(Ledger):
         """
         self._reset_call()
         starts = "{}"
-        codec = self._codec if batch.config is None else Codec(batch.config)
+        config = batch.config or self.config
+        codec = self._codec if config == self._codec.config else Codec(config)
         while True:
             reply = await self._run(
                 codec,

@@ -29,6 +29,7 @@ from asyncbucket.engine.meters import NEVER, Amounts
 from asyncbucket.stores.outage import STEADY, StoreHealth
 from asyncbucket.stores.store import (
     SLOT,
+    Batch,
     Correction,
     Ledger,
     LimitConfig,
@@ -52,8 +53,8 @@ _FRESH: Final = 10_000_000
 _AHEAD: Final = 50_000_000
 #: The most ns between signs of life.
 _MAX_BEAT_INTERVAL: Final = 10_000_000_000
-#: For how long (ns) a call that has given up may ask in another thread what it waited for, and a pool leaves a
-#: store alone that held its call up.
+#: For how long (ns) a call that has given up may ask in another thread what it waited for, a pool leaves a
+#: store alone that held its call up, and a tenant that does nothing stays.
 _REMEMBER: Final = 1_000_000_000
 _FAILED: Final = (
     "what asks the store for this call has failed, see the log: ask again, and report this error"
@@ -92,6 +93,8 @@ class Session:
         #: when that is forgotten.
         self.held_up: tuple[str, int] | None = None
         self._forget_at = NEVER
+        #: When a tenant leaves that does nothing.
+        self._leave_at = NEVER
         #: What the first unbooked call costs, and from when on it may start, whatever comes back.
         self._soonest: tuple[Amounts, int] = {}, 0
         #: The last answer.
@@ -222,9 +225,13 @@ class Session:
         try:
             make = place.make_store
             store = make() if self._thread is None else self._thread.store(make)
-            self._outbox.batch = replace(self._outbox.batch, config=None)
+            is_root, config = place.root is None, place.config()
+            # A tenant's limits go with its first calls, or what the store has of them counts.
+            is_news = not (is_root or place.heard.now) or self._outbox.batch.config is not None
+            news = config if is_news and not is_root else None
+            self._outbox.batch = replace(self._outbox.batch, config=news)
             self._ledger = await store.open(
-                place.name, place.config(), worker=place.worker, slot_ttl=place.slot_ttl
+                place.name, config, worker=place.worker, slot_ttl=place.slot_ttl, joins=is_root
             )
         except Exception as error:  # noqa: BLE001 - such as a name that the store refuses
             with place.lock():
@@ -236,6 +243,8 @@ class Session:
 
     def _is_over(self) -> bool:
         """Tell whether to leave the store: the limiter is closed, and no call stands here or holds a slot."""
+        if self._place.root is not None and self._is_unused():
+            return True
         if not self._is_closing:
             self._answer_closers()  # a call that came since has opened it again
             return False
@@ -250,6 +259,17 @@ class Session:
             if self._outbox.held:  # signs of life keep the slots of calls in flight
                 self._answer_closers()
             return not self._outbox.held
+
+    def _is_unused(self) -> bool:
+        """Tell whether a tenant has had nothing to do for a while."""
+        with self._place.lock():
+            batch = self._outbox.batch
+            if self._place.calls or self._outbox.held or self._health.is_gone or batch != Batch():
+                self._leave_at = NEVER
+            elif self._leave_at >= NEVER:
+                self._leave_at = self._clock() + _REMEMBER
+        now: int = self._clock()
+        return now >= self._leave_at
 
     def _answer_closers(self) -> None:
         while self._closers:
@@ -318,7 +338,9 @@ class Session:
             if debts:
                 self._outbox.add(corrections=tuple(debts))
                 self._report_at = 0
-            elif receipt.steady < STEADY:  # to know a share in an outage
+            elif (
+                receipt.steady < STEADY and self._place.root is None
+            ):  # to know a share in an outage
                 self._report_at = min(self._report_at, asked_at + STEADY + STEADY // 8)
         if heads:
             self._answer_calls(heads, batch.calls, receipt, asked_at)
@@ -455,6 +477,7 @@ class Session:
 
     async def _sleep(self, until: int) -> None:
         """Sleep until the bell rings or ``until`` has come."""
+        until = min(until, self._leave_at)
         seconds = None if until >= NEVER else max(NAP, (until - self._clock()) * 1e-9)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):

@@ -145,11 +145,17 @@ class SQLiteStore:
         return f"sqlite:///{quote(str(self.path))}{patience}"
 
     async def open(
-        self, name: str, config: LimitConfig, *, worker: str | None = None, slot_ttl: float = 30.0
+        self,
+        name: str,
+        config: LimitConfig,
+        *,
+        worker: str | None = None,
+        slot_ttl: float = 30.0,
+        joins: bool = True,
     ) -> "SQLiteLedger":
         """See `asyncbucket.stores.store.Store.open`."""
-        life = round(slot_ttl * 1_000_000_000)
-        return await SQLiteLedger(self, name, worker, life=life).join(config)
+        ledger = SQLiteLedger(self, name, worker, life=round(slot_ttl * 1e9), joins=joins)
+        return await ledger.open(config, joins=joins)
 
     async def peek(self, name: str) -> Snapshot | None:
         """See `asyncbucket.stores.store.Store.peek`; it makes no file if there is none."""
@@ -270,7 +276,9 @@ class SQLiteStore:
 
     def _names(self) -> list[str]:
         with self.transaction() as connection:
-            find = "SELECT name FROM limiters WHERE until >= ? ORDER BY name"
+            find = (
+                "SELECT name FROM limiters WHERE until >= ? AND name NOT LIKE '%/*%' ORDER BY name"
+            )
             return [name for (name,) in connection.execute(find, (self._now(connection),))]
 
     def connection(self) -> sqlite3.Connection:
@@ -348,13 +356,15 @@ class SQLiteStore:
 class SQLiteLedger(Ledger):
     """Keep one limiter in a file, for one worker; made by `SQLiteStore.open`."""
 
-    def __init__(self, store: SQLiteStore, name: str, worker: str | None, *, life: int) -> None:
+    def __init__(
+        self, store: SQLiteStore, name: str, worker: str | None, *, life: int, joins: bool
+    ) -> None:
         super().__init__(store, name, worker, store.silence)
         self.patience = store.patience + _GRACE
         self._store = store
         self._life = life
-        #: Whether the worker is still unknown to the limiter.
-        self._joins = True
+        #: Whether it has more time, because the worker is still unknown to the limiter.
+        self._joins = joins
         #: The file's changes when it was last looked at, and when it was this worker's turn.
         self._seen: object = None
         self._due = 0

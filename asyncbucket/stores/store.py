@@ -308,9 +308,11 @@ class Ledger(abc.ABC):
         patience = max(self.patience, min(_TRIPS * self._slowest, OPEN_PATIENCE))
         return await self._commit(batch, patience)
 
-    async def join(self, config: LimitConfig) -> Self:
-        """Make the limiter if necessary, put ``config`` in force, and return the ledger."""
-        await self._commit(Batch(config=config), max(self.patience, OPEN_PATIENCE))
+    async def open(self, config: LimitConfig, *, joins: bool) -> Self:
+        """Return the ledger; see `Store.open`."""
+        self.config = config
+        if joins:
+            await self._commit(Batch(config=config), max(self.patience, OPEN_PATIENCE))
         return self
 
     async def _commit(self, batch: Batch, patience: float) -> Receipt:
@@ -392,7 +394,13 @@ class Store(Protocol):
         ...
 
     async def open(
-        self, name: str, config: LimitConfig, *, worker: str | None = None, slot_ttl: float = 30.0
+        self,
+        name: str,
+        config: LimitConfig,
+        *,
+        worker: str | None = None,
+        slot_ttl: float = 30.0,
+        joins: bool = True,
     ) -> Ledger:
         """Join the limiter called ``name``, making it if necessary, and put ``config`` in force.
 
@@ -403,6 +411,8 @@ class Store(Protocol):
             config: its limits and slots.
             worker: a unique name for this worker; random by default.
             slot_ttl: seconds of silence after which a worker's slots come back, from 0.1 to a day.
+            joins: whether to do so now. Else nothing is sent before the first batch, and ``config`` is
+                put in force only if the store keeps no limiter of that name.
 
         Raises:
             StoreError: out of reach, or unusable.

@@ -46,11 +46,11 @@ class MemoryStore:
         return [self.limiter(*limits, **options) for _ in range(number)]
 
     async def open(
-        self, name: str, config: LimitConfig, *, worker: str, slot_ttl: float
+        self, name: str, config: LimitConfig, *, worker: str, slot_ttl: float, joins: bool = True
     ) -> "MemoryLedger":
-        self.states.setdefault(name, State(config, self.now()))
         ledger = MemoryLedger(self, name, worker, round(slot_ttl * 1e9), config)
-        await ledger.commit(Batch(config=config))
+        if joins:
+            await ledger.commit(Batch(config=config))
         return ledger
 
     async def peek(self, name: str = "openai") -> Any:
@@ -72,7 +72,8 @@ class MemoryLedger:
 
     @property
     def state(self) -> State:
-        return self.store.states[self.name]
+        new = State(self.config, self.store.now())
+        return self.store.states.setdefault(self.name, new)
 
     async def commit(self, batch: Batch) -> Receipt:
         await asyncio.sleep(self.store.delay)
