@@ -624,9 +624,8 @@ class StorePlace(Place):
 
     def _rejoin(self) -> Session | None:
         """Return the session, opened again if it is a tenant's, who has something to say after a while."""
-        if self._session is None and self.root is not None and self.owns_store:
-            self._open_session(None)
-        return self._session
+        above = None if self.root is None else self.root._session
+        return self._session if above is None else self._open_session(above.loop)
 
     def _open_session(self, loop: asyncio.AbstractEventLoop | None) -> Session:
         """Return the session; if there is none, open it, on ``loop`` if the store is the user's."""

@@ -88,7 +88,7 @@ class State:
         self.virtual = self.joined = 0
         #: When a worker came last that was not known.
         self.grown = 0
-        self.configure(config, now)
+        self.configure(config, now - 1)  # what is booked from now on may come back
 
     def configure(self, config: LimitConfig, now: int) -> None:
         """Put ``config`` in force, keeping what was booked under limits that stay."""

@@ -369,8 +369,9 @@ class Ledger(abc.ABC):
             return
         self._is_open = False
         with contextlib.suppress(StoreError):  # it expires by itself
-            if last or self._in_doubt or self._owed != Batch():
-                await self.commit(last or Batch())
+            last = last or Batch()
+            if self._in_doubt or self._owed.then(last) != Batch() or last.held not in (None, self._held):
+                await self.commit(last)
             if not self._held:
                 await in_time(self._leave(), self.patience, self.silence)
         if self._flight is not None:

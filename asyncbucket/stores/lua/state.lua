@@ -21,16 +21,18 @@ local function as_integer(number)
   return string.format('%.0f', number)
 end
 
--- Give the meters of `config` what was kept of them.
-local function build_meters()
+-- Give the meters of `config` what was kept of them. What was booked before gives nothing back; in a state that
+-- `is_new`, nothing was.
+local function build_meters(is_new)
   local date = math.max(now, s.last)
+  local began = is_new and date - 1 or date
   config = cjson.decode(text)
   for _, m in ipairs(config.meters) do
     m.prefix = 'e:' .. m.key .. ':'
-    m.w = s.windows[m.key] or window_new(date) -- what was booked before gives nothing back
+    m.w = s.windows[m.key] or window_new(began)
     window_set_resets(m, date)
     m.w.starts = starts[m.key] or m.w.starts
-    m.w.b = m.p and (m.w.b or (m.is_paced and bucket_new(m, date))) or nil
+    m.w.b = m.p and (m.w.b or (m.is_paced and bucket_new(m, began))) or nil
     s.windows[m.key] = m.w
     if m.w.b then
       bucket_reshape(m.w.b, m.p, m.q, date)
@@ -55,7 +57,7 @@ local function load(told)
   s.offset, s.seen, s.ttl = s.offset + math.max(0, s.seen - raw), raw, math.max(s.ttl, ttl)
   now, offset = raw + s.offset, s.offset
   starts = cjson.decode(told)
-  build_meters()
+  build_meters(not kept[1])
   if known_epoch ~= '' and known_epoch ~= s.epoch and known_epoch ~= s.before then
     s.before, s.last = known_epoch, math.max(now + 2 * FAR, s.last)
     for _, m in ipairs(config.meters) do
