@@ -127,7 +127,7 @@ def explain_locked(
     if not _with_slots(ways_of(node, amounts)):
         when, bound_by = NEVER, "concurrency"
     rates = _rates(node, amounts)
-    due, binds, ahead_in_store = _in_store(node.path[-1], amounts, now)
+    due, binds, ahead_in_store = _in_stores(node, amounts, now)
     if due > when:
         when, bound_by = due, binds
     return Explanation(
@@ -215,19 +215,24 @@ def _simulate_line(
     return copies, ahead, when, waits
 
 
-def _in_store(root: Node, amounts: Amounts, now: int) -> tuple[int, str | None, int]:
+def _in_stores(node: Node, amounts: Amounts, now: int) -> tuple[int, str | None, int]:
     """Return when the store may admit such a call, what binds, and how many calls are ahead.
 
     It is `now` without a store. What is known is as last heard. `NEVER` means that it depends on
     the store, or on a slot being given back.
     """
-    place: Place | None = root.pacer.place
-    if place is None:
-        return now, None, 0
+    answers = [_in_store(level, level.place, amounts, now) for level in node.chain if level.place]
+    due, binds, _ = max(answers, key=lambda answer: answer[0], default=(now, None, 0))
+    return due, binds, sum(ahead for _, _, ahead in answers)
+
+
+def _in_store(
+    level: Node, place: "Place", amounts: Amounts, now: int
+) -> tuple[int, str | None, int]:
     known, ahead = place.held_up(), place.waiting()
     if known is not None:
         return (known[1] if ahead <= 1 else NEVER), known[0], ahead  # known of the first alone
-    if root.in_flight >= root.slots:
+    if level.in_flight >= level.slots:
         return NEVER, "concurrency", ahead
     for use in place.use():
         if use.available < amounts.get(use.limit.resource, 0):

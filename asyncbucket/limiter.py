@@ -416,7 +416,7 @@ class Limiter(EngineLimiter):
         Raises:
             LimitSyntaxError, ValueError: as for `child`; the tenant is not a string, or is empty.
         """
-        given = Terms.read(limits, terms) if limits or terms else None
+        given = self._read_terms(limits, terms) if limits or terms else None
         return self._all_tenants().get(read_text(tenant, "a tenant"), given)
 
     def per_key(self, *limits: str | Limit, alive: int = ALIVE, **terms: Unpack[Keywords]) -> None:
@@ -435,7 +435,14 @@ class Limiter(EngineLimiter):
             LimitSyntaxError, ValueError: as for `child`.
         """
         alive, tenants = read_count(alive, "alive"), self._all_tenants()
-        tenants.default_terms, tenants.alive = Terms.read(limits, terms), alive
+        tenants.default_terms, tenants.alive = self._read_terms(limits, terms), alive
+
+    def _read_terms(self, limits: "Iterable[str | Limit]", terms: Any) -> Terms:
+        """Return the terms of a tenant, which the store can keep if there is one."""
+        given = Terms.read(limits, terms)
+        if self._node.pacer.place is not None:
+            self._node.pacer.place.check(given.limits, given.concurrency)
+        return given
 
     def _all_tenants(self) -> Tenants[Self]:
         if self._tenants is None:

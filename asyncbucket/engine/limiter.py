@@ -484,8 +484,9 @@ class Limiter(OfThisProcess):
 
     def _check_place(self, limits: Iterable[Limit], concurrency: Concurrency | None) -> None:
         """Refuse what the store cannot keep, if one keeps these limits."""
-        if self._node.place is not None:
-            self._node.place.check(limits, concurrency)
+        place = self._node.keeper or self._node.place
+        if place is not None:
+            place.check(limits, concurrency)
 
     def _put_in_force_locked(
         self, limits: Iterable[Limit], concurrency: Concurrency | None, *, learned: bool = False

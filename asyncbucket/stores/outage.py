@@ -114,9 +114,7 @@ class StoreHealth:
             return
         self.is_gone, self._lost_at = True, now
         if (root := place.root) is not None:  # any of its processes may have calls of the tenant
-            known = root.heard
-            if not self._heard.now:
-                self._offset = root.offset
+            known, self._offset = root.heard, self._offset if self._heard.now else root.offset
             self._heard = replace(self._heard, workers=known.workers, steady=known.steady)
         workers = self._heard.workers
         if place.on_outage == "share":

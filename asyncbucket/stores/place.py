@@ -13,6 +13,7 @@ was made by the user belongs to the user's loop, and so does its session.
 import asyncio
 import concurrent.futures
 import contextlib
+import copy
 import os
 import re
 import secrets
@@ -145,12 +146,10 @@ class _Standing:
         """Move to ``now`` what was booked longer than that part of its window ago; return when to look again."""
         look_at = NEVER
         for place, each in self.given.items():
-            tolerance = place.span(each) // part
-            if tolerance < now - each.start <= place.span(each) // 4:
-                self.given[place] = place.move(each, now)
-                look_at = min(look_at, now + tolerance + 1)
-            elif each.start + tolerance >= now:
-                look_at = min(look_at, each.start + tolerance + 1)
+            span, start = place.span(each), each.start
+            if span // part < now - start <= span // 4:
+                self.given[place], start = place.move(each, now), now
+            look_at = min(look_at, max(start, now) + span // part + 1)
         return look_at
 
     def cancel(self) -> None:
@@ -163,15 +162,7 @@ class _Standing:
 class StorePlace(Place):
     """Keep what a process has to do with the store; see `asyncbucket.engine.interfaces.Place`."""
 
-    def __init__(
-        self,
-        node: Node,
-        store: Any,
-        *,
-        on_outage: OnOutage,
-        slot_ttl: float,
-        root: "StorePlace | None" = None,
-    ) -> None:
+    def __init__(self, node: Node, store: Any, *, on_outage: OnOutage, slot_ttl: float) -> None:
         """Keep the limits of ``node``, a root, in ``store``; processes share them by its name.
 
         Args:
@@ -180,7 +171,6 @@ class StorePlace(Place):
                 open when the limiter is closed, because others may use it.
             on_outage: what to do while the store is gone: see `asyncbucket.stores.outage`.
             slot_ttl: seconds without a sign of life after which a process's slots come back.
-            root: what keeps the root's limits, if ``node`` is a tenant.
 
         Raises:
             ValueError: no store accepts the name, the URL is not a store's, the limiter finds its
@@ -188,25 +178,25 @@ class StorePlace(Place):
             TypeError: ``store`` is neither a URL nor a store.
             ImportError: the extra for this store is not installed.
         """
-        if root is None and not (_NAME.fullmatch(node.name) and node.name.isprintable()):
+        if not (_NAME.fullmatch(node.name) and node.name.isprintable()):
             raise ValueError(
                 f"a limiter's name in a store has 1 to 200 printable characters and no braces, not "
                 f"{node.name[:201]!r}"
             )
         #: Whether the session makes the store, and closes it.
         self.owns_store = isinstance(store, str)
-        if root is None and self.owns_store and store.lower().startswith("sqlite:"):
+        if self.owns_store and store.lower().startswith("sqlite:"):
             store = open_store(store).url  # which is absolute: changing directories is harmless
         self._given = store
-        self.root = root
+        #: What keeps the root's limits, if these are a tenant's.
+        self.root: StorePlace | None = None
         self.name = node.name
         self.on_outage: OnOutage = on_outage
         self.slot_ttl = slot_ttl
         self._node = node
         self._pacer = node.pacer
         self.clock = self._pacer.clock
-        if root is None:
-            self.make_store()  # a wrong URL is refused here, not at the first call
+        self.make_store()  # a wrong URL is refused here, not at the first call
         self.check((), None)
         self.after_fork()
         reset_after_fork(self)
@@ -236,8 +226,11 @@ class StorePlace(Place):
     # --- what the pacer asks: see `asyncbucket.engine.interfaces.Place` ---
 
     def below(self, node: Node) -> "StorePlace":
-        options: Any = {"on_outage": self.on_outage, "slot_ttl": self.slot_ttl}
-        return StorePlace(node, self._given, root=self, **options)
+        place = copy.copy(self)
+        place.root, place.name, place._node = self, node.name, node
+        place.after_fork()
+        reset_after_fork(place)
+        return place
 
     def is_idle(self) -> bool:
         return self._session is None and self.outbox.batch == Batch()

@@ -190,17 +190,10 @@ class RedisStore:
         return cls(client, url="redis (your client)", owned=False)
 
     async def open(
-        self,
-        name: str,
-        config: LimitConfig,
-        *,
-        worker: str | None = None,
-        slot_ttl: float = 30.0,
-        joins: bool = True,
+        self, name: str, config: LimitConfig, *, worker: str | None = None, slot_ttl: float = 30.0
     ) -> "RedisLedger":
         """See `asyncbucket.stores.store.Store.open`."""
-        ledger = RedisLedger(self, name, worker, slot_ttl)
-        return await ledger.open(config, joins=joins)
+        return await RedisLedger(self, name, worker, slot_ttl).join(config)
 
     async def peek(self, name: str) -> Snapshot | None:
         """See `asyncbucket.stores.store.Store.peek`."""

@@ -225,13 +225,12 @@ class Session:
         try:
             make = place.make_store
             store = make() if self._thread is None else self._thread.store(make)
-            is_root, config = place.root is None, place.config()
-            # A tenant's limits go with its first calls, or what the store has of them counts.
-            is_news = not (is_root or place.heard.now) or self._outbox.batch.config is not None
-            news = config if is_news and not is_root else None
+            config, is_news = place.config(), not place.heard.now or self._outbox.batch.config
+            # A tenant's limits go with its first calls; what the store has of them counts later.
+            news = config if is_news and place.root is not None else None
             self._outbox.batch = replace(self._outbox.batch, config=news)
             self._ledger = await store.open(
-                place.name, config, worker=place.worker, slot_ttl=place.slot_ttl, joins=is_root
+                place.name, config, worker=place.worker, slot_ttl=place.slot_ttl
             )
         except Exception as error:  # noqa: BLE001 - such as a name that the store refuses
             with place.lock():

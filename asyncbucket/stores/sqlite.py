@@ -41,6 +41,7 @@ from asyncbucket.stores.store import (
     Receipt,
     Snapshot,
     in_time,
+    is_tenant,
 )
 
 __all__ = ["SQLiteLedger", "SQLiteStore", "from_url"]
@@ -145,17 +146,11 @@ class SQLiteStore:
         return f"sqlite:///{quote(str(self.path))}{patience}"
 
     async def open(
-        self,
-        name: str,
-        config: LimitConfig,
-        *,
-        worker: str | None = None,
-        slot_ttl: float = 30.0,
-        joins: bool = True,
+        self, name: str, config: LimitConfig, *, worker: str | None = None, slot_ttl: float = 30.0
     ) -> "SQLiteLedger":
         """See `asyncbucket.stores.store.Store.open`."""
-        ledger = SQLiteLedger(self, name, worker, life=round(slot_ttl * 1e9), joins=joins)
-        return await ledger.open(config, joins=joins)
+        life = round(slot_ttl * 1_000_000_000)
+        return await SQLiteLedger(self, name, worker, life=life).join(config)
 
     async def peek(self, name: str) -> Snapshot | None:
         """See `asyncbucket.stores.store.Store.peek`; it makes no file if there is none."""
@@ -356,15 +351,13 @@ class SQLiteStore:
 class SQLiteLedger(Ledger):
     """Keep one limiter in a file, for one worker; made by `SQLiteStore.open`."""
 
-    def __init__(
-        self, store: SQLiteStore, name: str, worker: str | None, *, life: int, joins: bool
-    ) -> None:
+    def __init__(self, store: SQLiteStore, name: str, worker: str | None, *, life: int) -> None:
         super().__init__(store, name, worker, store.silence)
         self.patience = store.patience + _GRACE
         self._store = store
         self._life = life
         #: Whether it has more time, because the worker is still unknown to the limiter.
-        self._joins = joins
+        self._joins = not is_tenant(name)
         #: The file's changes when it was last looked at, and when it was this worker's turn.
         self._seen: object = None
         self._due = 0

@@ -74,6 +74,11 @@ _FADING: Final = 0.9
 _STEP: Final = 0.05
 
 
+def is_tenant(name: str) -> bool:
+    """Tell whether a limiter of this name is a tenant's: there are many, and each may be used once."""
+    return "/*" in name
+
+
 async def in_time(work: Coroutine[Any, Any, Any], patience: float, silence: str) -> Any:
     """Return the result of ``work``, unless it takes too long; then end it, and say ``silence``.
 
@@ -308,10 +313,10 @@ class Ledger(abc.ABC):
         patience = max(self.patience, min(_TRIPS * self._slowest, OPEN_PATIENCE))
         return await self._commit(batch, patience)
 
-    async def open(self, config: LimitConfig, *, joins: bool) -> Self:
+    async def join(self, config: LimitConfig) -> Self:
         """Return the ledger; see `Store.open`."""
         self.config = config
-        if joins:
+        if not is_tenant(self.name):
             await self._commit(Batch(config=config), max(self.patience, OPEN_PATIENCE))
         return self
 
@@ -370,7 +375,11 @@ class Ledger(abc.ABC):
         self._is_open = False
         with contextlib.suppress(StoreError):  # it expires by itself
             last = last or Batch()
-            if self._in_doubt or self._owed.then(last) != Batch() or last.held not in (None, self._held):
+            if (
+                self._in_doubt
+                or self._owed.then(last) != Batch()
+                or last.held not in (None, self._held)
+            ):
                 await self.commit(last)
             if not self._held:
                 await in_time(self._leave(), self.patience, self.silence)
@@ -395,25 +404,19 @@ class Store(Protocol):
         ...
 
     async def open(
-        self,
-        name: str,
-        config: LimitConfig,
-        *,
-        worker: str | None = None,
-        slot_ttl: float = 30.0,
-        joins: bool = True,
+        self, name: str, config: LimitConfig, *, worker: str | None = None, slot_ttl: float = 30.0
     ) -> Ledger:
         """Join the limiter called ``name``, making it if necessary, and put ``config`` in force.
 
         The latest limits count (see `LimitConfig.after`): workers that opened it with others adopt these.
+        If it `is_tenant`, nothing is sent before the first batch, and ``config`` counts only if the store
+        keeps no limits of that name.
 
         Args:
             name: which limiter; 1 to 200 printable characters, no braces, as `Limiter` sees to.
             config: its limits and slots.
             worker: a unique name for this worker; random by default.
             slot_ttl: seconds of silence after which a worker's slots come back, from 0.1 to a day.
-            joins: whether to do so now. Else nothing is sent before the first batch, and ``config`` is
-                put in force only if the store keeps no limiter of that name.
 
         Raises:
             StoreError: out of reach, or unusable.

@@ -9,7 +9,7 @@ from typing import Any
 from asyncbucket import Limiter, StoreError
 from asyncbucket.stores import Batch, LimitConfig
 from asyncbucket.stores.state import State
-from asyncbucket.stores.store import Receipt
+from asyncbucket.stores.store import Receipt, is_tenant
 from asyncbucket.testing import VirtualClock
 
 
@@ -46,10 +46,10 @@ class MemoryStore:
         return [self.limiter(*limits, **options) for _ in range(number)]
 
     async def open(
-        self, name: str, config: LimitConfig, *, worker: str, slot_ttl: float, joins: bool = True
+        self, name: str, config: LimitConfig, *, worker: str, slot_ttl: float
     ) -> "MemoryLedger":
         ledger = MemoryLedger(self, name, worker, round(slot_ttl * 1e9), config)
-        if joins:
+        if not is_tenant(name):
             await ledger.commit(Batch(config=config))
         return ledger
 
