@@ -412,7 +412,7 @@ class Window(Meter):
         """Owe what was taken at ``when``, as far as it fits; the pace owes it from ``now`` on."""
         if self.pace is not None and (room := self.pace.available(now)) > 0:
             self.pace.owe(min(amount, room), now)
-        amount = min(amount, self.amount - self.used)
+        amount = min(amount, self._left(now))
         if amount <= 0:
             return
         index = bisect.bisect_left(self._dates, when)

@@ -82,7 +82,8 @@ class StoreHealth:
         self.is_gone = False
         #: When to try a store again that is gone.
         self.retry_at = NEVER
-        self._lost_at = 0
+        #: Since when it has answered; and since when not.
+        self.known_since = self._lost_at = 0
         #: What was admitted alone, and when by the store's clock; it is reported to the store afterwards.
         self._admitted: list[tuple[int, Counter[str]]] = []
         #: Until when no call is sent after an outage, as others may still have to report theirs.
@@ -112,7 +113,7 @@ class StoreHealth:
         self.retry_at = now + _RETRY_INTERVAL
         if self.is_gone:
             return
-        self.is_gone, self._lost_at = True, now
+        self.is_gone, self._lost_at, self.known_since = True, now, NEVER
         if (root := place.root) is not None:  # any of its processes may have calls of the tenant
             known, self._offset = root.heard, self._offset if self._heard.now else root.offset
             self._heard = replace(self._heard, workers=known.workers, steady=known.steady)
@@ -162,7 +163,7 @@ class StoreHealth:
     def _recover(self, now: int) -> list[Correction]:
         """Go on with the store; return what was admitted without it, as debts."""
         place = self._place
-        self.is_gone, self.retry_at = False, NEVER
+        self.is_gone, self.retry_at, self.known_since = False, NEVER, now
         if place.on_outage == "share":
             self.resume_at = now + RECOVERY_TIME
         admitted, self._admitted = self._admitted, []

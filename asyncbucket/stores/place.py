@@ -5,6 +5,12 @@ the root. Then it hands the call over to the session instead of letting it go. T
 come, first served, until the session has booked it at the store and its start has come. What it has
 booked below the root, a child's limits for instance, is dated anew while it waits.
 
+Tenants are many, and seldom used. A tenant with limits has a place of its own, with a session while it has calls and a
+second longer; the store knows it by a hash. A call stands at its tenant's place first, and is handed over to
+the root's with what it was given there: so it books nothing at the root while its tenant holds it
+up. What it was given is moved while it waits for the root. The pacer stops handing calls over while
+as many as fit are on their way to the root; those that their tenants hold up don't count.
+
 A process has one session for each limiter, on one thread for all of them, for the calls of all its loops. So a
 loop that is blocked, or ends without closing the limiter, holds up nothing at the store. A store that
 was made by the user belongs to the user's loop, and so does its session.
@@ -140,14 +146,14 @@ class _Standing:
 
     def is_stale(self, now: int) -> bool:
         """Tell whether others may have by now what was booked: then it has to be asked for again."""
-        return any(now - each.start > place.span(each) // 4 for place, each in self.given.items())
+        return any(place.is_stale(each, now) for place, each in self.given.items())
 
     def move(self, now: int, part: int) -> int:
         """Move to ``now`` what was booked longer than that part of its window ago; return when to look again."""
         look_at = NEVER
         for place, each in self.given.items():
             span, start = place.span(each), each.start
-            if span // part < now - start <= span // 4:
+            if span // part < now - start and not place.is_stale(each, now):
                 self.given[place], start = place.move(each, now), now
             look_at = min(look_at, max(start, now) + span // part + 1)
         return look_at
@@ -501,8 +507,9 @@ class StorePlace(Place):
             above._stand(waiter, self.calls.pop(waiter))
 
     def cancel(self, reservation: Reservation) -> None:
-        """Give back a booking."""
-        self.correct(Correction.undo(reservation.amounts, reservation.booked_at))
+        """Give back a booking, unless others may have got it by now."""
+        if self.root is None or not self.is_stale(reservation, self.clock()):
+            self.correct(Correction.undo(reservation.amounts, reservation.booked_at))
         if reservation.slot:
             self._release()
 
@@ -539,7 +546,8 @@ class StorePlace(Place):
                 del self.calls[waiter]
             first._stand(waiter, standing)
             return
-        standing.move(now, TOLERANCE)
+        # One of several starts is always later than it was booked for.
+        standing.move(now, TOLERANCE if len(standing.given) == 1 else 4 * TOLERANCE)
         given, bound_by = standing.given.items(), None
         booked: list[tuple[Any, str, int]] = []
         for place, each in given:
@@ -564,6 +572,14 @@ class StorePlace(Place):
             if each.slot:
                 place._slots.add(id(waiter.lease))
         waiter.dispatcher.ring(now)  # a thread has to dispatch
+
+    def is_stale(self, reservation: Reservation, now: int) -> bool:
+        """Tell whether the store may have forgotten a booking, or, of a tenant, not have heard where it was moved."""
+        if now - reservation.start > self.span(reservation) // 4:
+            return True
+        health = self._session.health if self.root and self._session else None
+        is_known = health is None or health.known_since <= reservation.start
+        return bool(reservation.booked_at) and not is_known
 
     def span(self, reservation: Reservation) -> int:
         """Return the shortest window in which a booking counts."""

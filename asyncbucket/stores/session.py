@@ -10,8 +10,8 @@ the store is gone, calls pass as `asyncbucket.stores.outage` allows.
 
 A session serves all loops and threads of a process. It lives on a loop that the sessions of all
 limiters share (`asyncbucket.stores.thread`); only a store that was made by the user has it on the
-user's loop. When the limiter is
-closed it ends as soon as no call waits or holds a slot.
+user's loop. When the limiter is closed it ends as soon as no call waits or holds a slot. A tenant's
+ends when it has had nothing to do for a second.
 """
 
 import asyncio
@@ -114,7 +114,7 @@ class Session:
         #: Who wants to know when the store has been told everything.
         self._closers: list[concurrent.futures.Future[None]] = []
         self._ledger: Ledger | None = None
-        self._health = StoreHealth(self._place, LimitConfig())
+        self.health = StoreHealth(self._place, LimitConfig())
         self._task: asyncio.Task[None] | None = None
         #: What it shares with the sessions of other limiters; a user's store has none.
         self._thread: StoreThread | None = None
@@ -154,10 +154,14 @@ class Session:
                 "",
             }
             if correction.start:
-                record = self._health.record
+                record = self.health.record
                 record.correct(correction, record.last_start)
         now = self._clock()
         later = min(self._ask_at, now + _GATHER_LONG) if self._heard.in_line else 0
+        if (
+            correction is not None and correction.dated
+        ):  # others must hear before the window has passed
+            later = 0
         gathered = now + _GATHER_BRIEFLY if is_awaited else max(now + _GATHER, later)
         self._report_at = min(self._report_at, gathered)
         self.ring()
@@ -236,7 +240,7 @@ class Session:
             with place.lock():
                 place.fail_all(error)
             return False
-        self._health = StoreHealth(place, self._ledger.config)
+        self.health = StoreHealth(place, self._ledger.config)
         self._report_at = 0
         return True
 
@@ -247,7 +251,7 @@ class Session:
         if not self._is_closing:
             self._answer_closers()  # a call that came since has opened it again
             return False
-        if self._health.is_gone:
+        if self.health.is_gone:
             return True
         with self._place.lock():
             loops = [waiter.dispatcher.loop for waiter in self._place.calls]
@@ -263,7 +267,7 @@ class Session:
         """Tell whether a tenant has had nothing to do for a while."""
         with self._place.lock():
             batch = self._outbox.batch
-            if self._place.calls or self._outbox.held or self._health.is_gone or batch != Batch():
+            if self._place.calls or self._outbox.held or self.health.is_gone or batch != Batch():
                 self._leave_at = NEVER
             elif self._leave_at >= NEVER:
                 self._leave_at = self._clock() + _REMEMBER
@@ -292,17 +296,17 @@ class Session:
             self._note_held_up(None)
         elif not heads and self.held_up is not None and self._forget_at >= NEVER:
             self._forget_at = now + _REMEMBER
-        if self._health.is_gone:
-            if now >= self._health.retry_at:
-                self._health.retry_at = NEVER
+        if self.health.is_gone:
+            if now >= self.health.retry_at:
+                self.health.retry_at = NEVER
                 self._probe = self._spawn(self._send(None))
-            await self._sleep(min(self._admit_alone(heads), self._health.retry_at, self._forget_at))
+            await self._sleep(min(self._admit_alone(heads), self.health.retry_at, self._forget_at))
             return
         if (
             self._heard.in_line and not heads
         ):  # leave the store's line; whoever comes next asks anew
             self._ask_at = 0
-        ask_at = max(self._ask_at, self._health.resume_at) if heads else self._forget_at
+        ask_at = max(self._ask_at, self.health.resume_at) if heads else self._forget_at
         is_due = now >= ask_at if heads else self._heard.in_line
         if is_due and not is_urgent and (until := self._await_loops(heads)):
             await self._sleep(min(until, self._report_at))
@@ -326,11 +330,11 @@ class Session:
         try:
             receipt = await self._ledger.commit(batch)
         except StoreError as error:
-            self._health.fail(error)
+            self.health.fail(error)
             self._heard, self._ask_at = Receipt(now=0), 0
             return
         self._heard, config = receipt, self._ledger.config
-        debts = self._health.note_answer(receipt, config)
+        debts = self.health.note_answer(receipt, config)
         with self._place.lock():
             self._place.adopt(config)
             self._place.left = dict(zip(config.limits, receipt.left, strict=False))
@@ -355,7 +359,7 @@ class Session:
         In line, the next are sent when the store says. Else they are not before most of the booked
         starts have passed: more calls go with one trip, and others find units.
         """
-        now, record = self._clock(), self._health.record
+        now, record = self._clock(), self.health.record
         offset, before, booked = now - receipt.now, self.held_up, 0
         last = max((booking.start for booking in receipt.bookings), default=0)
         halfway = receipt.now + (last - receipt.now) // 2
@@ -463,7 +467,7 @@ class Session:
         when = now
         with self._place.lock():
             for waiter in heads:
-                when = self._health.earliest_alone(waiter.amounts, now, held=self._outbox.held)
+                when = self.health.earliest_alone(waiter.amounts, now, held=self._outbox.held)
                 if when > now:
                     break
                 slot = bool(waiter.amounts.get(SLOT))

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from asyncbucket import Limiter, StoreError
@@ -69,6 +69,8 @@ class MemoryLedger:
     worker: str
     life: int
     config: LimitConfig
+    #: What could not be told, as a ledger keeps it.
+    owed: Batch = field(default_factory=Batch)
 
     @property
     def state(self) -> State:
@@ -76,10 +78,13 @@ class MemoryLedger:
         return self.store.states.setdefault(self.name, new)
 
     async def commit(self, batch: Batch) -> Receipt:
+        self.owed = self.owed.then(batch)
         await asyncio.sleep(self.store.delay)
         if self.store.gone:
             raise StoreError("the store is gone")
         self.store.trips += 1
+        owed, self.owed = self.owed, Batch()
+        batch = replace(owed, held=batch.held, calls=batch.calls, waiting=batch.waiting)
         receipt = self.state.apply(self.worker, batch, self.store.now(), life=self.life)
         await asyncio.sleep(self.store.late)
         self.config = self.state.config

@@ -1,7 +1,9 @@
 """Tenants of limiters with a store: processes share their limits, too."""
 
 import asyncio
+import contextlib
 import gc
+import random
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -11,6 +13,7 @@ import pytest
 
 from asyncbucket import AcquireTimeout, Limit, Limiter
 from asyncbucket.stores import open_store
+from asyncbucket.stores.place import BookedMeter
 from asyncbucket.testing import assert_never_over
 from tests.stores.conftest import stop, take
 from tests.stores.memory import MemoryStore
@@ -221,6 +224,54 @@ async def test_outage_leaves_each_process_its_share_of_a_tenants_limit(
     assert_never_over(admitted, "10 requests/10s burst 10")
     assert alone >= 20, "the shares were not used"
     assert len(admitted) >= 40, "not all was used afterwards"
+
+
+@pytest.mark.parametrize("seed", range(6))
+async def test_random_calls_of_tenants_keep_all_limits_through_outages_and_leave_nothing(
+    memory: MemoryStore, seed: int
+) -> None:
+    chance, booked = random.Random(seed), dict[str, list[float]]()
+    memory.delay = chance.choice([0.001, 0.01, 0.05])
+    limit = chance.choice(["8 requests/4s burst 8", "2 requests/s burst 2"])
+    three = memory.limiters(3, "30 requests/5s burst 3", concurrency=4, on_outage="closed")
+    for limiter in three:
+        limiter.per_key(limit, "800 tokens/4s", concurrency=2)
+
+    async def agent(limiter: Limiter) -> None:
+        while True:
+            await asyncio.sleep(chance.choice([0, 0.1, 2]))
+            wait, tenant = chance.choice([0.003, 0.5, 9]), chance.choice("abc")
+            with contextlib.suppress(TimeoutError):
+                async with (
+                    asyncio.timeout(wait),
+                    limiter.acquire(tenant=tenant, tokens=90) as lease,
+                ):
+                    for meter, resource in lease._meters:
+                        if resource == "requests" and isinstance(meter, BookedMeter):
+                            starts = booked.setdefault(meter._place.name, [])
+                            starts.append(meter._reservation.booked_at * 1e-9)
+                    await asyncio.sleep(chance.choice([0, 0.2, 1]))
+                    lease.settle(tokens=chance.choice([40, 90]))
+
+    agents = [asyncio.ensure_future(agent(limiter)) for limiter in three for _ in range(6)]
+    for _ in range(6):
+        await asyncio.sleep(4)
+        memory.gone = seed % 2 == 1
+        await asyncio.sleep(chance.choice([0.1, 1, 3]))
+        memory.gone = False
+    await stop(*agents)
+    await asyncio.sleep(12)
+    assert len(booked) == 4
+    for name, starts in booked.items():
+        kept = "30 requests/5s burst 30" if name == "openai" else limit
+        assert_never_over([(start, 1) for start in sorted(starts)], kept)
+    for name, state in memory.states.items():
+        now = state.peek(memory.now())
+        assert (now.slots, {use.used for use in now.limits}) == (0, {0})
+        assert now.workers == (3 if name == "openai" else 0)
+    for limiter in three:
+        assert {(each.waiting, each.in_flight) for each in limiter._node.children or ()} == {(0, 0)}
+        await limiter.aclose()
 
 
 async def test_idle_tenants_leave_the_store_and_the_process(memory: MemoryStore) -> None:

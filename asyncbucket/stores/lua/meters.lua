@@ -301,6 +301,7 @@ local function meter_fill(m, amount, when, date)
       bucket_book(m, math.min(amount, room), date)
     end
   end
+  window_forget(m, date)
   amount = math.min(amount, m.amount - w.used)
   if amount <= 0 then
     return
