@@ -366,8 +366,8 @@ def beyond_slots(pacer: Any, dispatcher: Dispatcher, now: int) -> tuple[Any, int
     due, _ = admit(route, waiter.amounts, waiter.line.since, now, book=False, back=back)
     if due > now:
         return None, due
-    pacer.overridden += 1
-    if pacer.overridden == 1:
+    pacer.root.count("overridden")
+    if pacer.root.counts["overridden"] == 1:
         says = (
             "a call passed without a slot: every slot is held on an event loop that has been blocked "
             "for over 1 s; await on that loop instead of blocking it"

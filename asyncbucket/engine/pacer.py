@@ -96,8 +96,6 @@ class Pacer:
         #: do not come back.
         self.since = 0
         self.has_warned = False
-        #: Calls that passed without a slot: see `override`.
-        self.overridden = 0
         #: What keeps the root's limits, if they are not kept here.
         self.place: Place | None = None
         #: Whether nobody has to be told when a call ends: no limiter finds its number of slots, no

@@ -182,7 +182,7 @@ def statistics_locked(node: Node) -> Statistics:
         concurrency=node.concurrency,
         paused=max((0, *(pause.until - now for pause in node.pauses()))) * 1e-9,
         upstream_429=counts["upstream_429"],
-        overridden=pacer.overridden,
+        overridden=pacer.root.counts.get("overridden", 0),
         waits={name: Waits(n, ns * 1e-9) for name, (n, ns) in node.waits.items()},
         refunded=dict(node.refunded),
         limits=tuple(_uses(node, now)),
