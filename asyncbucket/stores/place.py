@@ -144,10 +144,6 @@ class _Standing:
                 meter.redate(amount, self.when, now)
         self.when = now
 
-    def is_stale(self, now: int) -> bool:
-        """Tell whether others may have by now what was booked: then it has to be asked for again."""
-        return any(place.is_stale(each, now) for place, each in self.given.items())
-
     def move(self, now: int, part: int) -> int:
         """Move to ``now`` what was booked longer than that part of its window ago; return when to look again."""
         look_at = NEVER
@@ -539,7 +535,7 @@ class StorePlace(Place):
 
     def _admit(self, waiter: AnyWaiter, standing: _Standing, now: int) -> None:
         """Let a booked call go, because its start has come, unless it gives up in this moment."""
-        if standing.is_stale(now):
+        if any(place.is_stale(each, now) for place, each in standing.given.items()):
             standing.cancel()
             first = next(standing.line.node.places)
             if first is not self:
@@ -575,11 +571,10 @@ class StorePlace(Place):
 
     def is_stale(self, reservation: Reservation, now: int) -> bool:
         """Tell whether the store may have forgotten a booking, or, of a tenant, not have heard where it was moved."""
-        if now - reservation.start > self.span(reservation) // 4:
-            return True
-        health = self._session.health if self.root and self._session else None
-        is_known = health is None or health.known_since <= reservation.start
-        return bool(reservation.booked_at) and not is_known
+        start, health = reservation.start, self._session.health if self._session else None
+        is_unknown = self.root is not None and health is not None and start < health.known_since
+        is_booked = reservation.booked_at > 0
+        return now - start > self.span(reservation) // 4 or (is_booked and is_unknown)
 
     def span(self, reservation: Reservation) -> int:
         """Return the shortest window in which a booking counts."""

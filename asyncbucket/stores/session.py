@@ -271,8 +271,7 @@ class Session:
                 self._leave_at = NEVER
             elif self._leave_at >= NEVER:
                 self._leave_at = self._clock() + _REMEMBER
-        now: int = self._clock()
-        return now >= self._leave_at
+        return bool(self._clock() >= self._leave_at)
 
     def _answer_closers(self) -> None:
         while self._closers:
