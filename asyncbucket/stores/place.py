@@ -572,9 +572,8 @@ class StorePlace(Place):
     def is_stale(self, reservation: Reservation, now: int) -> bool:
         """Tell whether the store may have forgotten a booking, or, of a tenant, not have heard where it was moved."""
         start, health = reservation.start, self._session.health if self._session else None
-        is_unknown = self.root is not None and health is not None and start < health.known_since
-        is_booked = reservation.booked_at > 0
-        return now - start > self.span(reservation) // 4 or (is_booked and is_unknown)
+        is_unknown = self.root and health and reservation.booked_at and start < health.known_since
+        return bool(is_unknown) or now - start > self.span(reservation) // 4
 
     def span(self, reservation: Reservation) -> int:
         """Return the shortest window in which a booking counts."""
