@@ -5,23 +5,22 @@ forgotten, a tool calls a model by itself. While an `Audit` is on, it watches th
 calls leave a process: the transports of httpx and httpx2, aiohttp's session, and urllib3's pool,
 which requests and boto3 use. A call to a model provider is *paced* if its context holds an open
 lease; else it is reported with the line of your code that led to it. So that nothing else is missed,
-name look-ups of providers are watched, too, by Python's audit hook: a look-up that no watched call
-explains is reported with its host alone.
+name look-ups of providers are watched, too, by Python's audit hook: a look-up that none of these
+libraries makes is reported with its host alone.
 
-A lease is found by a context variable, which tasks inherit. Executors inherit none, so work that is
-handed to one takes it along. Tasks have no caller's frames, so each remembers the line that started
-it. Nothing is patched before an audit begins, and everything is put back when it ends; only the
-audit hook stays, because Python cannot remove one, and does nothing then.
+What led to a call is on the stack, but only back to the start of its task, or of its job on another
+thread. Each of them therefore has an `_Origin`: a task in its context, which it has from the code
+that starts it; a job, whose context may be anybody's, in a variable of its thread. Nothing is patched
+before an audit begins, and everything is put back when it ends; only the audit hook stays, because
+Python cannot remove one, and does nothing then.
 """
 
 import asyncio
-import atexit
 import contextlib
 import functools
 import importlib
-import inspect
-import json
 import os
+import re
 import sys
 import threading
 import weakref
@@ -31,26 +30,18 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
+from typing import Any, Final, NamedTuple, Self
 
-from asyncbucket.engine.lease import ASKED, HELD, OVER, Lease
+from asyncbucket.engine.lease import HELD, LENT, OVER, Lease
 from asyncbucket.providers.profiles import GENERIC, profile_of
 
-if TYPE_CHECKING:
-    from types import FrameType
-
-_Leases = tuple["weakref.ref[Lease]", ...]
-#: The leases of this context, whether a watched call is on its way, and the line that started this task.
-_LEASES: ContextVar[_Leases] = ContextVar("asyncbucket_leases", default=())
-_WATCHED: ContextVar[bool] = ContextVar("asyncbucket_watched", default=False)
-_ORIGIN: ContextVar[str] = ContextVar("asyncbucket_origin", default="")
 _CALLBACK: Final = asyncio.Handle._run.__code__  # noqa: SLF001
 #: Where code is that isn't the user's.
-_STANDARD: Final = (str(Path(os.__file__).parent) + os.sep, "<frozen ")
-_INSTALLED: Final = (os.sep + "site-packages" + os.sep, os.sep + "dist-packages" + os.sep)
-_OWN: Final = str(Path(__file__).parent) + os.sep
+_PYTHON: Final = (str(Path(os.__file__).parent), str(Path(__file__).parent), "<frozen ")
+_INSTALLED: Final = re.compile(r".*[/\\](?:site|dist)-packages[/\\](\w+)")
 _NOT_SEEN: Final = (
-    "Not seen: connections that were open before the audit began, and gRPC's own resolver."
+    "Not seen: hosts that are neither known providers nor named by hosts= or --host, child processes, "
+    "connections that were open before the audit began, and gRPC's own resolver."
 )
 
 
@@ -99,12 +90,11 @@ class Audit:
             raise RuntimeError("another audit is on in this process: end that one first")
         _ON.append(self)
         _add_hook()
-        for module, name, wrap in _PATCHES:
+        for module, owner, method, patch in _PATCHES:
             with contextlib.suppress(ModuleNotFoundError):
-                *owner, method = name.split(".")
-                cls = functools.reduce(getattr, owner, importlib.import_module(module))
+                cls = getattr(importlib.import_module(module), owner)
                 original = vars(cls)[method]
-                setattr(cls, method, functools.wraps(original)(wrap(original)))
+                setattr(cls, method, functools.partialmethod(patch, original))
                 self._patched.callback(setattr, cls, method, original)
         return self
 
@@ -112,45 +102,25 @@ class Audit:
         self._patched.close()
         _ON.clear()
 
-    def note(self, url: Any) -> None:
-        """Count a call to ``url``, which has a host and a path, if it goes to a provider."""
-        host: str = url.host or ""
+    def note(self, host: str, path: str) -> None:
+        """Count a call that is about to be made, if it goes to a provider."""
         if profile_of(host) is GENERIC and not any(fnmatchcase(host, each) for each in self._hosts):
             return
-        if _alive(_LEASES.get(), HELD) or _alive(_JOB.leases, HELD):
-            with self._lock:
+        is_paced = any(lease._state in (HELD, LENT) for lease in _leases())  # noqa: SLF001
+        where = "" if is_paced else _origin().where.removeprefix(f"{Path.cwd()}{os.sep}")
+        with self._lock:
+            if is_paced:
                 self.paced += 1
-        else:
-            key = host, url.path, _where()
-            with self._lock:
-                self._found[key] += 1
-
-    def save(self, folder: str) -> None:
-        """Write what was found into a file of this process."""
-        report = json.dumps([self.paced, [[*key, count] for key, count in self._found.items()]])
-        Path(folder, f"{os.getpid()}.json").write_text(report, "utf-8")
-
-    def add(self, report: str) -> None:
-        """Add what another process has written."""
-        paced, unpaced = json.loads(report)
-        self.paced += paced
-        for *key, count in unpaced:
-            self._found[tuple(key)] += count
+            else:
+                self._found[host, path, where] += 1
 
     def __str__(self) -> str:
         found = self.unpaced
-        total = f"{sum(each.count for each in found):,}" if found else "none"
-        rows = [(f"{each.count:,}", each.host, each.path, each.where) for each in found]
-        rows = [("calls", "host", "path", "where"), *rows] if rows else []
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join([row[0].rjust(widths[0]), *map(str.ljust, row[1:], widths[1:])]).rstrip()
-            for row in rows
-        ]
-        told = f"Calls to model providers: {total} unpaced, {self.paced:,} paced."
-        if not (found or self.paced):
-            told = "No call to a known model provider was seen; name others by hosts= or --host."
-        return "\n".join([told, *lines, _NOT_SEEN])
+        total = sum(each.count for each in found)
+        width = max((len(each.host + each.path) for each in found), default=0)
+        rows = [f"{each.count:7,}  {each.host + each.path:{width}}  {each.where}" for each in found]
+        told = f"Calls to model providers: {total:,} unpaced, {self.paced:,} paced."
+        return "\n".join([told, *rows, _NOT_SEEN])
 
     def __repr__(self) -> str:
         return f"<Audit of {self.paced:,} paced and {sum(self._found.values()):,} unpaced calls>"
@@ -177,11 +147,6 @@ def audit(*, hosts: Iterable[str] = ()) -> Audit:
     return Audit(hosts)
 
 
-def audit_process(folder: str, hosts: Iterable[str]) -> None:
-    """Audit this process to its end, and write what was found into ``folder``."""
-    atexit.register(audit(hosts=hosts).__enter__().save, folder)
-
-
 #: The audit that is on, if any.
 _ON: Final[list[Audit]] = []
 
@@ -193,144 +158,110 @@ def _add_hook() -> None:
 
 
 def _on_event(event: str, args: tuple[Any, ...]) -> None:
-    if event == "socket.getaddrinfo" and _ON and not (_WATCHED.get() or _JOB.watched):
-        host = args[0].decode("ascii", "replace") if isinstance(args[0], bytes) else str(args[0])
-        _ON[0].note(_Url(host.lower(), ""))
+    if event == "socket.getaddrinfo" and _ON and not _origin().is_watched:
+        _note(os.fsdecode(args[0] or "").lower(), "")
 
 
-class _Job(threading.local):
-    """What the job of an executor's thread took along; its context may be another's."""
-
-    leases: _Leases = ()
-    watched = False
-    where = ""
+def _note(host: str, path: str) -> None:
+    for seen in _ON:
+        seen.note(host, path)
 
 
-_JOB: Final = _Job()
+# --- what led to a call ---
 
 
-def _alive(leases: _Leases, state: int) -> list["weakref.ref[Lease]"]:
-    """Return those that are in this state or a later one, and are not over."""
-    return [each for each in leases if (held := each()) and state <= held._state < OVER]  # noqa: SLF001
+class _Origin(NamedTuple):
+    """What led to a task, or to a job on another thread."""
+
+    leases: "tuple[weakref.ref[Lease], ...]" = ()
+    #: The user's line; and whether a library that is watched lies between it and here.
+    where: str = ""
+    is_watched: bool = False
 
 
-def _where() -> str:
-    """Return file and line of the user's code that led here, or that started this task."""
-    frame: FrameType | None = sys._getframe(1)  # noqa: SLF001
+_NOWHERE: Final = _Origin()
+_TASK: Final = ContextVar("asyncbucket_origin", default=_NOWHERE)
+_JOB: Final = threading.local()
+
+
+def _leases() -> list[Lease]:
+    """Return the leases of this context that are not over."""
+    origins = _TASK.get(), getattr(_JOB, "origin", _NOWHERE)
+    known = [each() for origin in origins for each in origin.leases]
+    return [lease for lease in known if lease and lease._state < OVER]  # noqa: SLF001
+
+
+def _origin() -> _Origin:
+    """Return what is on the stack, back to the user's line or to what led to this task or job."""
+    leases, is_watched = tuple(map(weakref.ref, _leases())), False
+    frame: Any = sys._getframe(1)  # noqa: SLF001
     # Beyond a loop's callback is what runs the loop, not what started this task.
     while frame is not None and frame.f_code is not _CALLBACK:
-        file = _shown_file(frame.f_code.co_filename)
-        if file is not None:
-            return f"{file}:{frame.f_lineno}"
+        package = _package(frame.f_code.co_filename)
+        if not package:
+            return _Origin(leases, f"{frame.f_code.co_filename}:{frame.f_lineno}", is_watched)
+        is_watched = is_watched or package in _LIBRARIES
         frame = frame.f_back
-    return _JOB.where or _ORIGIN.get()
+    before = getattr(_JOB, "origin", _TASK.get())
+    return _Origin(leases, before.where, is_watched or before.is_watched)
 
 
 @functools.cache
-def _shown_file(file: str) -> str | None:
-    """Return how to show a file of the user's, relative if it lies below; None if it is installed."""
-    if file.startswith((*_STANDARD, _OWN)) or any(part in file for part in _INSTALLED):
-        return None
-    with contextlib.suppress(ValueError, OSError):
-        return str(Path(file).relative_to(Path.cwd()))
-    return file
+def _package(file: str) -> str:
+    """Return which package has a file; "" if it is the user's own."""
+    installed = _INSTALLED.match(file)
+    return installed[1] if installed else "python" if file.startswith(_PYTHON) else ""
 
 
-# --- what replaces methods while an audit is on; each takes the original ---
+# --- what is called instead of a method while an audit is on ---
 
 
-def _noted(original: Any) -> Any:
-    """Return ``Lease.__init__`` that notes the lease in its context."""
-
-    def __init__(self: Lease, *args: Any, **kwargs: Any) -> None:  # noqa: N807
-        original(self, *args, **kwargs)
-        _LEASES.set((*_alive(_LEASES.get(), ASKED), weakref.ref(self)))
-
-    return __init__
+def _make_lease(lease: Lease, init: Any, *args: Any) -> None:
+    init(lease, *args)
+    known = (*_leases(), lease)
+    _TASK.set(_TASK.get()._replace(leases=tuple(map(weakref.ref, known))))
 
 
-def _with_origin(original: Any) -> Any:
-    """Return ``create_task`` whose task, which copies this context, knows the line that started it."""
-
-    def create_task(*args: Any, **kwargs: Any) -> Any:
-        _ORIGIN.set(_where())
-        return original(*args, **kwargs)
-
-    return create_task
+def _create_task(loop: Any, create_task: Any, *args: Any, **kwargs: Any) -> Any:
+    _TASK.set(_origin())  # in the context that the task copies
+    return create_task(loop, *args, **kwargs)
 
 
-def _with_context(original: Any) -> Any:
-    """Return ``submit`` whose job, on another thread, knows its leases and the line that led to it."""
-
-    def submit(self: Any, fn: Any, /, *args: Any, **kwargs: Any) -> Any:
-        leases = (*_LEASES.get(), *_JOB.leases)
-        watched, where = _WATCHED.get() or _JOB.watched, _where()
-
-        def job() -> Any:
-            vars(_JOB).update(leases=leases, watched=watched, where=where)
-            try:
-                return fn(*args, **kwargs)
-            finally:
-                vars(_JOB).clear()
-
-        return original(self, job)
-
-    return submit
+def _submit(executor: Any, submit: Any, job: Any, /, *args: Any, **kwargs: Any) -> Any:
+    return submit(executor, _run, _origin(), job, *args, **kwargs)
 
 
-def _watched(url_of: Callable[..., Any], original: Any) -> Any:
-    """Return what sends a call, watched; ``url_of`` returns the URL of its arguments."""
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        for seen in _ON:
-            seen.note(url_of(*args, **kwargs))
-        _WATCHED.set(True)
-        try:
-            return original(*args, **kwargs)
-        finally:
-            _WATCHED.set(False)
-
-    async def call_async(*args: Any, **kwargs: Any) -> Any:
-        for seen in _ON:
-            seen.note(url_of(*args, **kwargs))
-        _WATCHED.set(True)
-        try:
-            return await original(*args, **kwargs)
-        finally:
-            _WATCHED.set(False)
-
-    return call_async if inspect.iscoroutinefunction(original) else call
+def _run(origin: _Origin, job: Any, /, *args: Any, **kwargs: Any) -> Any:
+    _JOB.origin = origin  # until the thread's next job
+    return job(*args, **kwargs)
 
 
-class _Url(NamedTuple):
-    host: str
-    path: str
+def _send_httpx(transport: Any, send: Any, request: Any) -> Any:
+    _note(request.url.host, request.url.path)
+    return send(transport, request)
 
 
-def _of_httpx(_: Any, request: Any) -> Any:
-    return request.url
+def _send_aiohttp(session: Any, send: Any, method: str, str_or_url: Any, **options: Any) -> Any:
+    url = session._build_url(str_or_url)  # noqa: SLF001 - with the session's base URL
+    _note(url.host or "", url.path)
+    return send(session, method, str_or_url, **options)
 
 
-def _of_urllib3(pool: Any, method: str, url: str, *_: Any, **__: Any) -> _Url:  # noqa: ARG001
-    return _Url(pool.host, url.partition("?")[0])
+def _send_urllib3(pool: Any, send: Any, method: str, url: str, *args: Any, **options: Any) -> Any:
+    _note(pool.host, url.partition("?")[0])
+    return send(pool, method, url, *args, **options)
 
 
-def _of_aiohttp(session: Any, _: str, str_or_url: Any, **__: Any) -> Any:
-    return session._build_url(str_or_url)  # noqa: SLF001 - with the session's base URL
-
-
-_HTTPX: Final = functools.partial(_watched, _of_httpx)
-_AIOHTTP: Final = functools.partial(_watched, _of_aiohttp)
-_URLLIB3: Final = functools.partial(_watched, _of_urllib3)
-#: What is replaced: module, method, and by what.
-_PATCHES: Final[tuple[tuple[str, str, Callable[[Any], Any]], ...]] = (
-    ("asyncbucket.engine.lease", "Lease.__init__", _noted),
-    ("asyncio", "BaseEventLoop.create_task", _with_origin),
-    ("concurrent.futures", "ThreadPoolExecutor.submit", _with_context),
-    ("httpx", "AsyncHTTPTransport.handle_async_request", _HTTPX),
-    ("httpx", "HTTPTransport.handle_request", _HTTPX),
-    ("httpx2", "AsyncHTTPTransport.handle_async_request", _HTTPX),
-    ("httpx2", "HTTPTransport.handle_request", _HTTPX),
-    ("aiohttp", "ClientSession._request", _AIOHTTP),
-    ("urllib3", "connectionpool.HTTPConnectionPool.urlopen", _URLLIB3),
+#: What is replaced: module, class, method, and by what; and the libraries among these.
+_PATCHES: Final[tuple[tuple[str, str, str, Callable[..., Any]], ...]] = (
+    ("asyncbucket.engine.lease", "Lease", "__init__", _make_lease),
+    ("asyncio", "BaseEventLoop", "create_task", _create_task),
+    ("concurrent.futures", "ThreadPoolExecutor", "submit", _submit),
+    ("httpx", "AsyncHTTPTransport", "handle_async_request", _send_httpx),
+    ("httpx", "HTTPTransport", "handle_request", _send_httpx),
+    ("httpx2", "AsyncHTTPTransport", "handle_async_request", _send_httpx),
+    ("httpx2", "HTTPTransport", "handle_request", _send_httpx),
+    ("aiohttp", "ClientSession", "_request", _send_aiohttp),
+    ("urllib3.connectionpool", "HTTPConnectionPool", "urlopen", _send_urllib3),
 )
+_LIBRARIES: Final = ("httpx", "httpx2", "aiohttp", "urllib3")

@@ -215,7 +215,9 @@ def test_everything_is_put_back_and_only_one_audit_is_on() -> None:
         with pytest.raises(RuntimeError, match="another audit is on in this process"), audit():
             pass
     assert before == (httpx.HTTPTransport.handle_request, asyncio.BaseEventLoop.create_task)
-    assert str(seen).startswith("No call to a known model provider was seen; name others by hosts=")
+    assert str(seen).startswith(
+        "Calls to model providers: 0 unpaced, 0 paced.\nNot seen: hosts that"
+    )
     assert repr(seen) == "<Audit of 0 paced and 0 unpaced calls>"
     with pytest.raises(TypeError, match=r"hosts must be a list of names, such as \['a'\]"):
         audit(hosts="a")
@@ -270,17 +272,32 @@ def test_command_names_each_call_and_exits_with_3(tmp_path: Path) -> None:
         3,
         [
             "Calls to model providers: 1 unpaced, 0 paced.",
-            "calls  host       path      where",
-            "    1  127.0.0.1  /v1/chat  app.py:4",
+            "      1  127.0.0.1/v1/chat  app.py:4",
         ],
     )
     status, said = audited(*program)
-    assert (status, said.splitlines()[0][:42]) == (5, "No call to a known model provider was seen")
+    assert (status, said.splitlines()[0][:42]) == (5, "Calls to model providers: 0 unpaced, 0 pac")
     assert audited("--", "/nowhere") == (
         2,
-        "error: /nowhere can't be run (No such file or directory): give a program\n",
+        "error: '/nowhere' can't be audited: give a script, -m MODULE, or a command\n",
     )
-    assert audited("--", "true") == (
-        2,
-        "error: true ran no Python process that exited by itself, so nothing was recorded\n",
-    )
+
+
+@pytest.mark.parametrize(
+    ("ends", "status", "said"),
+    [
+        ("sys.exit('no key')", 1, "no key"),
+        ("raise ValueError('no key')", 1, "ValueError: no key"),
+        ("raise KeyboardInterrupt", 1, "KeyboardInterrupt"),
+        ("print(*sys.argv, file=sys.stderr)", 0, "app.py --all"),
+    ],
+)
+def test_program_ends_as_it_does_without_audit(
+    ends: str, status: int, said: str, tmp_path: Path
+) -> None:
+    (tmp_path / "app.py").write_text(f"import sys\n{ends}\n")
+    command = ("-m", "asyncbucket", "audit", "--", "python", "-m", "app", "--all")
+    done = python(*command, cwd=tmp_path, env=dict(os.environ))
+    assert done.returncode == status
+    assert "Calls to model providers: 0 unpaced, 0 paced.\n" in done.stderr
+    assert f"{said}\n" in done.stderr
