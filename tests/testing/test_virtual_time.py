@@ -177,3 +177,16 @@ def test_call_that_would_wait_on_a_loop_of_another_clock_raises_at_once(new_loop
 
 async def just(acquire: Callable[[], Awaitable[object]]) -> None:
     _ = await acquire()
+
+
+@pytest.mark.parametrize(("limit", "seconds"), [("600 RPM", 114), ("600 RPM burst 600", 60)])
+def test_crowd_takes_as_long_as_the_burst_lets_it(limit: str, seconds: int) -> None:
+    """The documentation quotes it."""
+    with virtual_time() as time:
+        limiter = Limiter(limit, clock=time.clock)
+
+        async def main() -> None:
+            await asyncio.gather(*(limiter.acquire() for _ in range(1_200)))
+
+        time.run(main())
+        assert round(time.now) == seconds
