@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from asyncbucket import AcquireTimeout, Limiter
+from asyncbucket import AcquireTimeout, Limiter, TokenBucket
 from asyncbucket.engine import limiter as core
 from asyncbucket.testing import VirtualTime, virtual_time
 from tests.engine import conftest
@@ -86,6 +86,17 @@ def test_cancelling_at_any_line_leaks_nothing(path: tuple[str, ...], others: str
             if not time.run(interrupted(time, moment)):
                 assert moment > 50
                 break
+
+
+@pytest.mark.parametrize("depth", range(5))
+async def test_bucket_takes_unit_back_from_cancelled_waiter(time: VirtualTime, depth: int) -> None:
+    """Cancelled at any step around its own instant, it leaves its unit to the next call."""
+    bucket = TokenBucket(rate=1.0, burst=1, clock=time.clock)
+    await bucket.acquire()
+    first, second = await start_all(bucket.acquire() for _ in range(2))
+    asyncio.get_running_loop().call_at(1.0, call_after, depth, first.cancel)
+    await second
+    assert time.now == (1.0 if first.cancelled() else 2.0)
 
 
 @pytest.mark.parametrize("depth", range(5))

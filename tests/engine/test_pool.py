@@ -353,6 +353,16 @@ async def test_sticky_call_keeps_to_its_member_while_that_costs_little(time: Vir
     assert await b_only == "a"
 
 
+async def test_sticky_call_does_not_wait_for_a_member_that_is_too_small(time: VirtualTime) -> None:
+    small = Limiter("100 TPM", name="small", clock=time.clock)
+    large = Limiter("1k TPM", name="large", clock=time.clock)
+    pool = Pool(small, large, prefer="first")
+    assert await name_of_taker(pool, tokens=10, sticky="talk") == "small"
+    large.pause(1)
+    assert await name_of_taker(pool, tokens=500, sticky="talk") == "large"
+    assert time.now == 1
+
+
 async def test_sticky_call_goes_elsewhere_when_its_patience_ends(time: VirtualTime) -> None:
     a, b = members_of(time, 60, 60, concurrency=1)
     pool = Pool(a, b, prefer="first")
