@@ -101,6 +101,10 @@ class RunningServer:
         self.kill()
 
 
+StartServer = Callable[..., RunningServer]
+Start = Callable[[str, str], "subprocess.Popen[str]"]
+
+
 def free_port() -> int:
     """Return a port that nobody listens on, below those that the system gives to clients."""
     while True:
@@ -111,7 +115,7 @@ def free_port() -> int:
 
 
 @pytest.fixture
-def start_server(tmp_path: Path) -> Iterator[Callable[..., RunningServer]]:
+def start_server(tmp_path: Path) -> Iterator[StartServer]:
     """Start servers with the given options, and stop all of them at the end."""
     running: list[RunningServer] = []
 
@@ -172,9 +176,7 @@ def fault(
     if request.param == "lock":
         connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         with contextlib.closing(connection) as holder:
-            begin, end = (
-                lambda text=text: holder.execute(text) for text in ("BEGIN IMMEDIATE", "END")
-            )
+            begin, end = (lambda sql=sql: holder.execute(sql) for sql in ("BEGIN IMMEDIATE", "END"))
             yield Fault(f"sqlite:///{path}", begin, end)
         return
     start_server = request.getfixturevalue("start_server")
@@ -208,7 +210,7 @@ async def limited() -> AsyncIterator[Callable[..., Limiter]]:
 
 
 @pytest.fixture
-def start() -> Iterator[Callable[[str, str], "subprocess.Popen[str]"]]:
+def start() -> Iterator[Start]:
     """Run scripts in interpreters of their own until they print a line, and kill them at the end."""
     with contextlib.ExitStack() as running:
 

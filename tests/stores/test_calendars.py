@@ -116,9 +116,7 @@ async def test_clock_that_is_set_neither_gives_a_period_twice_nor_locks(
     assert shown[:3] == [each.split(" | ")[kind] for each in passes]
 
 
-async def test_limiter_says_when_a_shared_limit_resets(
-    where: str, limited: Callable[..., Limiter]
-) -> None:
+async def test_limiter_says_when_it_resets(where: str, limited: Callable[..., Limiter]) -> None:
     hour = datetime.now(UTC) + timedelta(hours=12)
     limiter = limited(where, f"5 RPD resets {hour:%H:%M} UTC")
     for _ in range(5):

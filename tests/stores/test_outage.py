@@ -71,7 +71,7 @@ async def test_open_outage_policy_admits_all_and_closed_admits_none(
 
 
 @pytest.mark.parametrize("policy", ["share", "closed"])
-async def test_another_member_of_a_pool_takes_what_a_store_that_is_gone_holds_up(
+async def test_another_member_takes_what_a_lost_store_holds_up(
     memory: MemoryStore, policy: Any
 ) -> None:
     shared = memory.limiter("3 requests/9s burst 3", on_outage=policy)

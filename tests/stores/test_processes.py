@@ -7,7 +7,7 @@ import os
 import re
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import pytest
 
@@ -18,19 +18,13 @@ from asyncbucket.stores.store import Correction, in_time
 from asyncbucket.testing import assert_never_over
 from tests.conftest import python
 from tests.stores.conformance.place import peek, peek_at, terms
-from tests.stores.conftest import take
-
-if TYPE_CHECKING:
-    import subprocess
-
-    from tests.stores.conftest import Fault, RunningServer
+from tests.stores.conftest import Fault, Start, StartServer, take
 
 #: The processes wait for each other, which virtual time cannot speed up.
 pytestmark = pytest.mark.real_clock
 
 CALL = {"requests": 1, "concurrency": 1}
 Limiters: TypeAlias = Callable[..., Limiter]
-Start: TypeAlias = "Callable[[str, str], subprocess.Popen[str]]"
 
 AGENTS = """
 import asyncio, json, sys, time
@@ -154,7 +148,7 @@ async def test_call_cancelled_at_any_await_returns_all(where: str, limited: Limi
 
 
 async def test_lost_store_is_an_outage_and_hangs_no_call(
-    fault: "Fault", limited: Limiters, caplog: pytest.LogCaptureFixture
+    fault: Fault, limited: Limiters, caplog: pytest.LogCaptureFixture
 ) -> None:
     limiter = limited(fault.url, "100 RPM burst 100")
     lost, back = noted(limiter, StoreLost), noted(limiter, StoreRecovered)
@@ -176,7 +170,7 @@ async def test_lost_store_is_an_outage_and_hangs_no_call(
     assert "is back after" in told[1]
 
 
-async def test_corrections_of_a_failed_batch_are_applied_once(fault: "Fault") -> None:
+async def test_corrections_of_a_failed_batch_are_applied_once(fault: Fault) -> None:
     store = open_store(fault.url)
     ledger = await store.open("owed", terms("100 requests/minute burst 100", concurrency=9))
     bookings = (await ledger.commit(Batch(calls=(CALL,) * 4))).bookings
@@ -215,7 +209,7 @@ async def test_killed_process_frees_its_slots_after_slot_ttl_but_what_it_spent_s
 
 @pytest.mark.parametrize("fault", ["freeze", "lock"], indirect=True)
 async def test_limits_and_pauses_set_in_outage_reach_store_afterwards(
-    fault: "Fault", limited: Limiters
+    fault: Fault, limited: Limiters
 ) -> None:
     limiter = limited(fault.url, "100 RPM burst 100")
     back = noted(limiter, StoreRecovered)
@@ -243,15 +237,13 @@ async def test_unreachable_server_fails_first_calls_with_store_error(limited: Li
         async with asyncio.timeout(5):
             errors = await asyncio.gather(*calls, return_exceptions=True)
         assert {type(error) for error in errors} == {StoreError}
-        assert re.search(
-            r"\*\*\*@127\.0\.0\.1:1/0 cannot be reached: .*; check that it is running",
-            str(errors[0]),
-        )
+        says = r"\*\*\*@127\.0\.0\.1:1/0 cannot be reached: .*; check that it is running"
+        assert re.search(says, str(errors[0]))
         assert "s3cret" not in str(errors)
 
 
 async def test_server_frozen_at_start_fails_all_calls_until_it_answers(
-    start_server: "Callable[..., RunningServer]", limited: Limiters, monkeypatch: pytest.MonkeyPatch
+    start_server: StartServer, limited: Limiters, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("asyncbucket.stores.store.OPEN_PATIENCE", 1.0)
     server = start_server()
@@ -269,7 +261,7 @@ async def test_server_frozen_at_start_fails_all_calls_until_it_answers(
 
 @pytest.mark.parametrize("fault", ["freeze", "lock"], indirect=True)
 async def test_loop_that_was_blocked_does_not_take_the_store_for_gone(
-    fault: "Fault", limited: Limiters
+    fault: Fault, limited: Limiters
 ) -> None:
     limiter = limited(fault.url, "1000/s", concurrency=9)
     lost = noted(limiter, StoreLost)

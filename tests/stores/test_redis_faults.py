@@ -2,7 +2,7 @@
 
 import asyncio
 import re
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
@@ -11,11 +11,7 @@ from asyncbucket.stores import Batch, open_store
 from asyncbucket.stores.redis import RedisStore
 from asyncbucket.stores.store import FAR, Correction, Ledger, Receipt
 from tests.stores.conformance.place import outcomes, peek, terms, used
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from tests.stores.conftest import Proxy, RunningServer
+from tests.stores.conftest import Proxy, StartServer
 
 SECOND = 1_000_000_000
 FREE = {"requests": 1}
@@ -82,7 +78,7 @@ RESTARTS: dict[str, tuple[list[str], list[str], int]] = {
 
 @pytest.mark.parametrize("kept", RESTARTS)
 async def test_restart_forgets_only_what_the_server_has_not_kept(
-    start_server: "Callable[..., RunningServer]", kept: str
+    start_server: StartServer, kept: str
 ) -> None:
     options, answers, counted = RESTARTS[kept]
     server = start_server(*options)
@@ -102,9 +98,7 @@ async def test_restart_forgets_only_what_the_server_has_not_kept(
     await store.aclose()
 
 
-async def test_server_that_has_been_slow_gets_more_time(
-    start_server: "Callable[..., RunningServer]",
-) -> None:
+async def test_server_that_has_been_slow_gets_more_time(start_server: StartServer) -> None:
     server = start_server()
     store = open_store(server.url)
     ledger = await store.open("slow", terms("100 requests/minute"))
@@ -125,7 +119,7 @@ async def test_server_that_has_been_slow_gets_more_time(
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("times", [1, 2])
-async def test_connection_cut_at_any_byte_charges_at_most_once(proxy: "Proxy", times: int) -> None:
+async def test_connection_cut_at_any_byte_charges_at_most_once(proxy: Proxy, times: int) -> None:
     store = open_store(proxy.url)
     ledger = await store.open("cut", terms("1000 requests/minute burst 1000", concurrency=99))
     assert outcomes(await ledger.commit(Batch(calls=(CALL,)))) == ["booked"]
@@ -150,9 +144,7 @@ async def test_connection_cut_at_any_byte_charges_at_most_once(proxy: "Proxy", t
     await store.aclose()
 
 
-async def test_server_short_of_memory_books_nothing(
-    start_server: "Callable[..., RunningServer]",
-) -> None:
+async def test_server_short_of_memory_books_nothing(start_server: StartServer) -> None:
     server = start_server("--maxmemory-policy", "noeviction")
     store: Any = open_store(server.url)
     ledger = await store.open("memory", terms("100 requests/minute burst 100"))
@@ -175,9 +167,7 @@ async def test_state_of_another_schema_is_refused(store: RedisStore, redis: Any)
     other = state.replace(b"\xa6schema\x07", b"\xa6schema\x05")
     assert other != state
     redis.hset("asyncbucket:{schema}:state", "state", other)
-    with pytest.raises(
-        StoreError, match="has schema 5, and this asyncbucket needs 7: use one version"
-    ):
+    with pytest.raises(StoreError, match="has schema 5, and this asyncbucket needs 7: use one"):
         await store.open("schema", terms("1000/s"))
 
 

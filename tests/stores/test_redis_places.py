@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from unittest.mock import AsyncMock
 
 import pytest
@@ -15,11 +15,7 @@ from asyncbucket import StoreError
 from asyncbucket.stores import Batch, Store, open_store
 from asyncbucket.stores.redis import RedisStore
 from tests.stores.conformance.place import outcomes, peek, terms
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from tests.stores.conftest import RunningServer
+from tests.stores.conftest import RunningServer, StartServer
 
 SECOND = 1_000_000_000
 CALL = {"requests": 1, "concurrency": 1}
@@ -49,9 +45,7 @@ async def use(store: Store, name: str = "place") -> None:
     await store.aclose()
 
 
-async def test_login_with_least_rights_is_enough(
-    start_server: "Callable[..., RunningServer]",
-) -> None:
+async def test_least_rights_are_enough(start_server: StartServer) -> None:
     server = start_server(*f"--user app on >s3cret {RULES} --user default off".split())
     where = f"127.0.0.1:{server.port}/0"
     await use(open_store(f"redis://app:s3cret@{where}"))
@@ -71,34 +65,26 @@ async def test_login_with_least_rights_is_enough(
         "~* &* +@all -publish",
     ],
 )
-async def test_login_without_needed_right_is_refused_on_opening(
-    start_server: "Callable[..., RunningServer]", rules: str
-) -> None:
+async def test_login_without_needed_right_is_refused(start_server: StartServer, rules: str) -> None:
     server = start_server("--user", "app", "on", ">s3cret", *rules.split())
     store = open_store(f"redis://app:s3cret@127.0.0.1:{server.port}/0")
-    with pytest.raises(
-        StoreError, match=r"refuses the login: .* permissions? .*the ACL in the docs"
-    ) as error:
+    says = r"refuses the login: .* permissions? .*the ACL in the docs"
+    with pytest.raises(StoreError, match=says) as error:
         await store.open("place", terms("1/s"))
     assert "user_script" not in str(error.value)
     assert await store.names() == []
     await store.aclose()
 
 
-async def test_store_works_over_unix_socket(
-    start_server: "Callable[..., RunningServer]", tmp_path: Path
-) -> None:
+async def test_store_works_over_socket(start_server: StartServer, tmp_path: Path) -> None:
     path = tmp_path / "valkey.sock"
     start_server("--unixsocket", str(path))
     await use(open_store(f"unix://{path}?db=0"))
 
 
-async def test_limiters_spread_over_all_nodes_of_cluster(
-    start_server: "Callable[..., RunningServer]",
-) -> None:
-    nodes = [
-        start_server("--cluster-enabled", "yes", "--cluster-node-timeout", "2000") for _ in range(3)
-    ]
+async def test_limiters_spread_over_a_cluster(start_server: StartServer) -> None:
+    options = ("--cluster-enabled", "yes", "--cluster-node-timeout", "2000")
+    nodes = [start_server(*options) for _ in range(3)]
     await join(nodes)
     hosts = ",".join(f"127.0.0.1:{node.port}" for node in nodes[:2])
     store = open_store(f"redis+cluster://{hosts}")
@@ -125,10 +111,7 @@ async def test_limiters_spread_over_all_nodes_of_cluster(
     ("error", "told"),
     [
         (ReadOnlyError("no"), "is a replica: no; give the primary's address"),
-        (
-            AuthenticationError("no"),
-            "refuses the login: no; check the user and password in its URL",
-        ),
+        (AuthenticationError("no"), "refuses the login: no; check the user and password in its UR"),
         (ResponseError("BUSY running"), "failed: BUSY running"),
     ],
 )
@@ -140,7 +123,7 @@ async def test_error_of_an_unavailable_server_names_the_remedy(
         await store.open("refused", terms("1/s"))
 
 
-async def join(nodes: "list[RunningServer]") -> None:
+async def join(nodes: list[RunningServer]) -> None:
     """Make a cluster of the servers, each with a third of the hash slots."""
     clients: list[Any] = [Redis(port=node.port, decode_responses=True) for node in nodes]
     for number, client in enumerate(clients):
@@ -157,13 +140,10 @@ async def join(nodes: "list[RunningServer]") -> None:
 
 
 @pytest.mark.real_clock
-async def test_failover_to_replica_keeps_replicated_bookings(
-    start_server: "Callable[..., RunningServer]",
-) -> None:
+async def test_failover_to_replica_keeps_replicated_bookings(start_server: StartServer) -> None:
     primary = start_server()
-    replica = start_server(
-        "--replicaof", f"127.0.0.1 {primary.port}", "--repl-diskless-sync-delay", "0"
-    )
+    of = f"127.0.0.1 {primary.port}"
+    replica = start_server("--replicaof", of, "--repl-diskless-sync-delay", "0")
     await wait_for_replica(replica)
     sentinel = start_server(
         "--sentinel",
@@ -171,9 +151,8 @@ async def test_failover_to_replica_keeps_replicated_bookings(
         "sentinel down-after-milliseconds main 300\n"
         "sentinel failover-timeout main 2000\n",
     )
-    store = open_store(
-        f"redis+sentinel://127.0.0.1:1,127.0.0.1:{sentinel.port}/main?socket_timeout=0.5"
-    )
+    hosts = f"127.0.0.1:1,127.0.0.1:{sentinel.port}"
+    store = open_store(f"redis+sentinel://{hosts}/main?socket_timeout=0.5")
     ledger = await store.open("failover", terms("100 requests/minute burst 100", concurrency=99))
     await ledger.commit(Batch(calls=(CALL,) * 60))
     await until_replicated(primary)
@@ -183,14 +162,12 @@ async def test_failover_to_replica_keeps_replicated_bookings(
         while receipt is None:
             with contextlib.suppress(StoreError):
                 receipt = await ledger.commit(Batch(calls=(CALL,) * 50))
-    assert outcomes(receipt).count("booked") == 39, (
-        "slots of before the failover are held, and those calls counted"
-    )
+    assert outcomes(receipt).count("booked") == 39, "slots of before are held, calls counted"
     await ledger.aclose()
     await store.aclose()
 
 
-async def wait_for_replica(replica: "RunningServer") -> None:
+async def wait_for_replica(replica: RunningServer) -> None:
     async with asyncio.timeout(20), Redis(port=replica.port, decode_responses=True) as client:
         while True:
             if (await client.info("replication"))["master_link_status"] == "up":
@@ -198,7 +175,7 @@ async def wait_for_replica(replica: "RunningServer") -> None:
             await asyncio.sleep(0.02)
 
 
-async def until_replicated(primary: "RunningServer") -> None:
+async def until_replicated(primary: RunningServer) -> None:
     client: Any = Redis(port=primary.port)
     await client.set("asyncbucket:mark", 1)
     assert await client.execute_command("WAIT", 1, 5_000) == 1

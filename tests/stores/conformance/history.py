@@ -55,9 +55,8 @@ class History:
         if random.random() < 0.5:
             held = random.randint(0, held)
         self.held[worker] = held
-        calls = random.choice(
-            [(), (), *[tuple(map(self._call, range(n))) for n in (1, 1, 2, 4, 8)]]
-        )
+        some = [tuple(map(self._call, range(n))) for n in (1, 1, 2, 4, 8)]
+        calls = random.choice([(), (), *some])
         return Batch(
             config=new,
             pause=random.choice([0] * 30 + [1, 200, 900]) * MILLISECOND,

@@ -74,9 +74,8 @@ class StoreConformance:
         receipt = await first.commit(batch({"requests": 1, "tokens": 50}))
         assert (outcomes(receipt), receipt.bookings[0].bound_by) == (["later"], "tokens")
         assert outcomes(await second.commit(batch(_REQUEST))) == ["later"]
-        then, behind = await asyncio.gather(
-            book(first, {"requests": 1, "tokens": 50}), book(second, _REQUEST)
-        )
+        calls = book(first, {"requests": 1, "tokens": 50}), book(second, _REQUEST)
+        then, behind = await asyncio.gather(*calls)
         assert then.start <= behind.start
         assert then.bound_by == "tokens"
 
