@@ -564,7 +564,8 @@ class History:
             amounts["sticky"] = self.of_pools.choice("pqr")
             self.number += 1
             call.agent = self.number
-        lease = inside.run(limiter.acquire, **amounts, timeout=timeout, priority=call.priority)
+        acquire: Callable[..., Lease] = limiter.acquire
+        lease = inside.run(acquire, **amounts, timeout=timeout, priority=call.priority)
         call.task = self.start(self.run(lease, call, timeout))
 
     def start_or_end_agent(self) -> None:

@@ -299,7 +299,7 @@ def test_ten_thousand_conversations_take_bounded_memory_and_no_text_is_kept(
     tracemalloc.stop()
     assert 0.9 * MOST < len(table._entries) <= MOST
     assert size < 4_500_000
-    kept = [table._entries, table._sites, table._waiting, table._entered, *told]
+    kept: list[object] = [table._entries, table._sites, table._waiting, table._entered, *told]
     kept.append(str(limiter.statistics()))
     assert "secret" not in " ".join([*map(repr, kept), caplog.text])
 
