@@ -94,7 +94,7 @@ class Audit:
             with contextlib.suppress(ModuleNotFoundError):
                 cls = getattr(importlib.import_module(module), owner)
                 original = vars(cls)[method]
-                setattr(cls, method, functools.partialmethod(patch, original))
+                setattr(cls, method, _instead(original, patch))
                 self._patched.callback(setattr, cls, method, original)
         return self
 
@@ -173,12 +173,13 @@ def _note(host: str, path: str) -> None:
 class _Origin(NamedTuple):
     """What led to a task, or to a job on another thread."""
 
-    leases: "tuple[weakref.ref[Lease], ...]" = ()
     #: The user's line; and whether a library that is watched lies between it and here.
     where: str = ""
     is_watched: bool = False
 
 
+_References = tuple["weakref.ref[Lease]", ...]
+_LEASES: Final[ContextVar[_References]] = ContextVar("asyncbucket_leases", default=())
 _NOWHERE: Final = _Origin()
 _TASK: Final = ContextVar("asyncbucket_origin", default=_NOWHERE)
 _JOB: Final = threading.local()
@@ -186,24 +187,27 @@ _JOB: Final = threading.local()
 
 def _leases() -> list[Lease]:
     """Return the leases of this context that are not over."""
-    origins = _TASK.get(), getattr(_JOB, "origin", _NOWHERE)
-    known = [each() for origin in origins for each in origin.leases]
+    known = [each() for each in (*_LEASES.get(), *getattr(_JOB, "leases", ()))]
     return [lease for lease in known if lease and lease._state < OVER]  # noqa: SLF001
+
+
+def _references(*leases: Lease) -> _References:
+    return tuple(map(weakref.ref, leases))
 
 
 def _origin() -> _Origin:
     """Return what is on the stack, back to the user's line or to what led to this task or job."""
-    leases, is_watched = tuple(map(weakref.ref, _leases())), False
+    is_watched = False
     frame: Any = sys._getframe(1)  # noqa: SLF001
     # Beyond a loop's callback is what runs the loop, not what started this task.
     while frame is not None and frame.f_code is not _CALLBACK:
         package = _package(frame.f_code.co_filename)
         if not package:
-            return _Origin(leases, f"{frame.f_code.co_filename}:{frame.f_lineno}", is_watched)
+            return _Origin(f"{frame.f_code.co_filename}:{frame.f_lineno}", is_watched)
         is_watched = is_watched or package in _LIBRARIES
         frame = frame.f_back
     before = getattr(_JOB, "origin", _TASK.get())
-    return _Origin(leases, before.where, is_watched or before.is_watched)
+    return _Origin(before.where, is_watched or before.is_watched)
 
 
 @functools.cache
@@ -216,10 +220,18 @@ def _package(file: str) -> str:
 # --- what is called instead of a method while an audit is on ---
 
 
+def _instead(original: Any, patch: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a method that calls ``patch``, which is given the original behind ``self``."""
+
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return patch(self, original, *args, **kwargs)
+
+    return method
+
+
 def _make_lease(lease: Lease, init: Any, *args: Any) -> None:
     init(lease, *args)
-    known = (*_leases(), lease)
-    _TASK.set(_TASK.get()._replace(leases=tuple(map(weakref.ref, known))))
+    _LEASES.set(_references(*_leases(), lease))
 
 
 def _create_task(loop: Any, create_task: Any, *args: Any, **kwargs: Any) -> Any:
@@ -228,11 +240,11 @@ def _create_task(loop: Any, create_task: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _submit(executor: Any, submit: Any, job: Any, /, *args: Any, **kwargs: Any) -> Any:
-    return submit(executor, _run, _origin(), job, *args, **kwargs)
+    return submit(executor, _run, _origin(), _references(*_leases()), job, *args, **kwargs)
 
 
-def _run(origin: _Origin, job: Any, /, *args: Any, **kwargs: Any) -> Any:
-    _JOB.origin = origin  # until the thread's next job
+def _run(origin: _Origin, leases: _References, job: Any, /, *args: Any, **kwargs: Any) -> Any:
+    _JOB.origin, _JOB.leases = origin, leases  # until the thread's next job
     return job(*args, **kwargs)
 
 

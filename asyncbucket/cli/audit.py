@@ -62,6 +62,8 @@ def _program(command: list[str]) -> Callable[..., object]:
         case [name, *_] if file := name if Path(name).is_file() else shutil.which(name):
             sys.argv, sys.path[0] = [file, *command[1:]], str(Path(file).parent.resolve())
             return partial(runpy.run_path, file)
-    raise ValueError(
-        f"{' '.join(command)!r} can't be audited: give a script, -m MODULE, or a command"
-    )
+        case _:
+            program = " ".join(command)
+            raise ValueError(
+                f"{program!r} can't be audited: give a script, -m MODULE, or a command"
+            )
