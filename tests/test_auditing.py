@@ -288,7 +288,7 @@ def test_command_names_each_call_and_exits_with_3(tmp_path: Path) -> None:
     [
         ("sys.exit('no key')", 1, "no key"),
         ("raise ValueError('no key')", 1, "ValueError: no key"),
-        ("raise KeyboardInterrupt", 1, "KeyboardInterrupt"),
+        ("raise KeyboardInterrupt", 130, "KeyboardInterrupt"),
         ("print(*sys.argv, file=sys.stderr)", 0, "app.py --all"),
     ],
 )

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from asyncbucket import auditing
-from asyncbucket.cli import DONE, FAILED, UNPACED, options
+from asyncbucket.cli import DONE, FAILED, INTERRUPTED, UNPACED, options
 
 
 def audit(
@@ -42,9 +42,12 @@ def audit(
             run(run_name="__main__")
         except SystemExit as end:
             status = end.code
-        except (Exception, KeyboardInterrupt):  # noqa: BLE001 - whatever it is, the report is due
+        except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the report is due anyway
             traceback.print_exc()
-            status = FAILED
+            status = INTERRUPTED if isinstance(error, KeyboardInterrupt) else FAILED
+    if isinstance(status, str):  # as Python shows it
+        typer.echo(status, err=True)
+        status = FAILED
     typer.echo(seen, err=True)
     sys.exit(UNPACED if seen.unpaced else status)
 
