@@ -81,7 +81,7 @@ def test_questions_wait_less_than_the_ingestion_beside_them(capfd: Captured) -> 
     printed = run_here("rag_ingestion.py", capfd)
     behind = [int(number) for number in re.findall(r"; (\d+) batches in line behind", printed)]
     assert len(behind) == 5
-    assert behind[0] > 20
+    assert behind[0] > 10  # the more is left, the sooner the ingestion uses it
     assert ", 0 refused (429)" in printed
     waited = dict(re.findall(r"openai/(\w+): \d+ calls, ([\d.]+) s in line", printed))
     assert float(waited["questions"]) < float(waited["ingestion"]) / 3
