@@ -81,7 +81,11 @@ def test_days_of_ten_years_begin_when_the_clock_shows_their_time(zone: str, at: 
         ("00:00 Europe/Berlin", "day", "2026-10-24T22:00 2026-10-25T23:00"),
         ("00:00 Asia/Kolkata", "day", "2028-02-27T18:30 2028-02-28T18:30 2028-02-29T18:30"),
         ("00:00 Australia/Lord_Howe", "day", "2026-04-04T13:00 2026-04-05T13:30"),
-        ("00:00 UTC", "month", "2027-12-01T00:00 2028-01-01T00:00 2028-02-01T00:00 2028-03-01"),
+        (
+            "00:00 UTC",
+            "month",
+            "2027-12-01T00:00 2028-01-01T00:00 2028-02-01T00:00 2028-03-01T00:00",
+        ),
         ("00:00 Europe/Berlin", "month", "2026-02-28T23:00 2026-03-31T22:00"),
         ("03:00 UTC", "week", "2026-12-28T03:00 2027-01-04T03:00"),
         # A zone that left out a day; and one whose clocks went back over midnight.

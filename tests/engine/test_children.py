@@ -112,7 +112,9 @@ def test_child_is_made_once(time: VirtualTime) -> None:
     child = key.child("child", rpm=10, weight=2)
     assert key.child("child") is child
     assert key.child("child", "10 RPM", weight=2.0) is child
-    with pytest.raises(ValueError, match="'key/child' already exists on other terms: get it by"):
+    with pytest.raises(
+        ValueError, match="'key/child' already exists on other terms: get it by name"
+    ):
         key.child("child", rpm=20)
     assert (child.parent, key.parent) == (key, None)
     assert (dict(key.children), dict(child.children)) == ({"child": child}, {})

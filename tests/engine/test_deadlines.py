@@ -14,7 +14,9 @@ from tests.engine.conftest import HELD, refused, start, start_all
 async def test_call_that_would_be_late_is_refused_at_once(time: VirtualTime) -> None:
     limiter = Limiter("60 TPM", "100 requests/s burst 10", concurrency=1, clock=time.clock)
     (await limiter.acquire(requests=0, tokens=60)).release()
-    says = "a call of 1 request, 1 token cannot pass within 30 s: tokens bind for 60.4 s more; "
+    says = (
+        "a call of 1 request, 1 token cannot pass within 30 s: tokens bind for 60.4 s more; raise"
+    )
     for timeout, deadline in ((30.0, None), (None, 30.0), (99, 30)):
         late = pytest.approx(60 * HELD)
         with refused(AcquireTimeout, says, retry_after=late, bound_by="tokens"):

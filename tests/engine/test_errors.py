@@ -60,7 +60,7 @@ async def test_cost_above_limit_fails_at_once(time: VirtualTime) -> None:
 async def test_would_block_says_what_binds_and_for_how_long(time: VirtualTime) -> None:
     limiter = Limiter("2 RPS burst 1", "100 TPD", concurrency=2, clock=time.clock)
     held = limiter.acquire_nowait(tokens=60)
-    says = "a call of 1 request cannot pass without waiting: requests bind for 0.5 s more; wait"
+    says = "a call of 1 request cannot pass without waiting: requests bind for 0.5 s more; wait with acquire()"
     with refused(WouldBlock, says, retry_after=0.5, bound_by="requests"):
         limiter.acquire_nowait()
     says = "a call of 1 request, 60 tokens cannot pass without waiting: tokens bind for 86,906 s "

@@ -185,7 +185,9 @@ def test_copy_is_the_same_object_and_none_is_pickled(copied: Callable[[Any], Any
     each = [limiter, limiter.child("chat"), TokenBucket(1.0), budget(usd=1), lease]
     assert [*map(id, copied({"all": each})["all"])] == [*map(id, each)]
     while each:
-        with pytest.raises(TypeError, match=r"belongs to its process .* share limits by store="):
+        with pytest.raises(
+            TypeError, match=r"belongs to its process .* share limits by store=\.\.\."
+        ):
             pickle.dumps(each.pop())
     assert limiter.statistics().in_flight == 1
     copied(lease).release()

@@ -665,7 +665,11 @@ MISTAKES: dict[str, tuple[Callable[[Any], object], type[Exception], str]] = {
     "pool": (lambda t: POOL(POOL(t.a)), TypeError, "a pool's members are limiters, not <Pool"),
     "child": (lambda t: POOL(t.a.child("c")), ValueError, "have no parents: 'a/c' is a child"),
     "twice": (lambda t: POOL(t.a, t.a), ValueError, "different names, not a, a"),
-    "shared": (lambda t: (POOL(t.a), POOL(t.a)), RuntimeError, "'a' is a member of pool 'pool' a"),
+    "shared": (
+        lambda t: (POOL(t.a), POOL(t.a)),
+        RuntimeError,
+        "'a' is a member of pool 'pool' alr",
+    ),
     "busy": (lambda t: POOL(t.a, t.busy), RuntimeError, "make the pool before the first call"),
     "clock": (lambda t: POOL(t.a, t.other), ValueError, "need the same clock"),
     "prefer": (lambda t: POOL(t.a, prefer="best"), ValueError, "prefer must be 'least_used' or"),

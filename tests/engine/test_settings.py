@@ -112,7 +112,7 @@ def test_tables_of_a_file_describe_limiters(folder: Path, table: str) -> None:
     [
         (
             "rmp = 5",
-            r"entry 'rmp' of .*pyproject\.toml, \[tool\.asyncbucket\] is not known; known: ",
+            r"entry 'rmp' of .*pyproject\.toml, \[tool\.asyncbucket\] is not known; known: limits",
         ),
         ("rpm = 'x'", r"\[tool\.asyncbucket\]: rpm: 'x' is not a number"),
         ("rpm = true", "rpm must be a whole number of at least 1, not True"),

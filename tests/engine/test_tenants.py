@@ -19,7 +19,9 @@ from asyncbucket.levels import observe_remaining, terms_of
 from asyncbucket.testing import VirtualTime
 from tests.engine.conftest import available, used
 
-OTHER_TERMS = "this tenant already exists on other terms: get it by name alone, and change it wi"
+OTHER_TERMS = (
+    "this tenant already exists on other terms: get it by name alone, and change it with key"
+)
 
 
 def crowd_out(limiter: Limiter) -> None:

@@ -61,13 +61,17 @@ def test_environment_proxy_transports_are_paced_and_made_for_each_loop_with_the_
 
 def test_missing_library_is_named(limiter: Limiter, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "httpx2", None)
-    with pytest.raises(ImportError, match=r'httpx2 is not installed: pip install "asyncbucket\[h'):
+    with pytest.raises(
+        ImportError, match=r'httpx2 is not installed: pip install "asyncbucket\[http\]" httpx2'
+    ):
         limiter.http_client(family="httpx2")
     with pytest.raises(ValueError, match="family must be auto, httpx or httpx2, not 'requests'"):
         limiter.http_client(family="requests")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     monkeypatch.setattr("importlib.util.find_spec", {}.get)
     monkeypatch.setattr(clients, "_SDKS", ())
-    with pytest.raises(ImportError, match=r'no HTTP client is installed: pip install "asyncb'):
+    with pytest.raises(
+        ImportError, match=r'no HTTP client is installed: pip install "asyncbucket\[http\]"'
+    ):
         limiter.http_client()
 
 

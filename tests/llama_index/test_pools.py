@@ -151,7 +151,7 @@ SERVE = (
     [
         (
             make_openai,
-            "one OpenAI calls one provider, and pool 'pool' has 2: wrap one model for ea",
+            "one OpenAI calls one provider, and pool 'pool' has 2: wrap one model for each",
         ),
         (lambda: TOOL, "a tool by a limiter of its own"),
         (lambda: [make_openai()], f"{SERVE}OpenAI$"),

@@ -72,7 +72,7 @@ def test_store_object_used_on_second_loop_raises_store_error(url: str) -> None:
 
     asyncio.run(once())
     with pytest.raises(
-        StoreError, match=r"made for another event loop or .*: give the limiter a U"
+        StoreError, match=r"made for another event loop or .*: give the limiter a URL"
     ):
         asyncio.run(once())
     with pytest.raises(StoreError, match="made for another event loop"):

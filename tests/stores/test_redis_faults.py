@@ -167,7 +167,9 @@ async def test_state_of_another_schema_is_refused(store: RedisStore, redis: Any)
     other = state.replace(b"\xa6schema\x07", b"\xa6schema\x05")
     assert other != state
     redis.hset("asyncbucket:{schema}:state", "state", other)
-    with pytest.raises(StoreError, match="has schema 5, and this asyncbucket needs 7: use one"):
+    with pytest.raises(
+        StoreError, match="has schema 5, and this asyncbucket needs 7: use one version"
+    ):
         await store.open("schema", terms("1000/s"))
 
 

@@ -111,7 +111,10 @@ async def test_limiters_spread_over_a_cluster(start_server: StartServer) -> None
     ("error", "told"),
     [
         (ReadOnlyError("no"), "is a replica: no; give the primary's address"),
-        (AuthenticationError("no"), "refuses the login: no; check the user and password in its UR"),
+        (
+            AuthenticationError("no"),
+            "refuses the login: no; check the user and password in its URL",
+        ),
         (ResponseError("BUSY running"), "failed: BUSY running"),
     ],
 )

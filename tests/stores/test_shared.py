@@ -70,7 +70,7 @@ async def test_store_object_passed_to_limiter_is_left_open(where: str) -> None:
         ({"concurrency": "auto"}, "with a store, concurrency must be a number"),
         (
             {"tpm": 10**15},
-            "a store counts to 70,368,744,177,664: 1,000,000,000,000,000 tokens per .*",
+            "a store counts to 70,368,744,177,664: 1,000,000,000,000,000 tokens per .* is above; lower",
         ),
     ],
 )

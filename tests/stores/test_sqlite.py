@@ -59,7 +59,9 @@ def make(path: Path, *statements: str) -> None:
             other.execute(statement)
 
 
-NO_FILE = ": SQLite failed (unable to open database file), and nothing was booked: see that the"
+NO_FILE = (
+    ": SQLite failed (unable to open database file), and nothing was booked: see that the folder"
+)
 #: What is at the path, and what the error says.
 UNUSABLE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no folder": (lambda path: path.parent.rmdir(), NO_FILE),

@@ -40,7 +40,7 @@ def test_url_is_shown_without_password(url: str, shown: str) -> None:
         ("redis:user:s3cret@host", "is not a store"),
         (
             "redis+sentinel://host:1",
-            "cannot be read: name the service: redis.sentinel://host:26379",
+            "cannot be read: name the service: redis.sentinel://host:26379,",
         ),
         ("redis+else://host:1/main", "is not a store"),
         ("redis://:s3[cret@host/0", r"'redis://\*\*\*@host/0' cannot be read"),
@@ -49,8 +49,14 @@ def test_url_is_shown_without_password(url: str, shown: str) -> None:
         ("redis://user:s3cret/more@host:6379/0", "special characters of a password as %2F for /"),
         ("rediss://127.0.0.1?ssl_cert_reqs=no", "cannot be read: Invalid SSL Certificate"),
         ("redis://127.0.0.1/production", "cannot be read: write redis://user:password@host:6379/0"),
-        ("redis://127.0.0.1/0?timeout=5", "cannot be read: .*unexpected keyword argument 'timeo"),
-        ("sqlite://user:s3cret@host/limits.db", "names no file .* share: write sqlite:///limits"),
+        (
+            "redis://127.0.0.1/0?timeout=5",
+            "cannot be read: .*unexpected keyword argument 'timeout'",
+        ),
+        (
+            "sqlite://user:s3cret@host/limits.db",
+            "names no file .* share: write sqlite:///limits.db",
+        ),
         ("sqlite:///", "names no file"),
         ("sqlite:///limits.db?mode=ro&patience=1", "sets mode: only patience can be set"),
         ("sqlite:///limits.db?patience=soon", "patience must be a positive number of seconds"),
