@@ -1,7 +1,7 @@
 """What adapters ask of a limiter: a call counts at each level, and one of them is the provider's."""
 
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 from asyncbucket.budgets import Budget, Charge
 from asyncbucket.engine.context import inherited, nanoseconds
@@ -16,6 +16,8 @@ from asyncbucket.engine.node import Node
 from asyncbucket.engine.node import shown_name as _shown_name
 from asyncbucket.engine.wording import USD
 
+T = TypeVar("T")
+
 # The face of the core's private parts.
 # ruff: noqa: SLF001
 
@@ -26,6 +28,13 @@ def levels(limiter: Limiter) -> Iterator[Limiter]:
     while level is not None:
         yield level
         level = level.parent
+
+
+def shared(cls: Callable[[Limiter], T], limiter: Limiter, name: str) -> T:
+    """Return what all who use ``limiter`` share of a kind: ``cls(limiter)``, made once and kept as ``name``."""
+    kept: dict[str, Any] = vars(limiter)
+    found: T = kept.get(name) or kept.setdefault(name, cls(limiter))
+    return found
 
 
 def root_of(limiter: Limiter) -> Limiter:

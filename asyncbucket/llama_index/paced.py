@@ -108,9 +108,8 @@ def paced_copy(obj: Any, pacing: Pacing) -> Any:
     # Not a field, so it appears in no schema, dump, hash of an ingestion cache, or request.
     private = obj.__pydantic_private__ or {}
     private = {name: without_retries(value) for name, value in private.items()}
-    if any(hasattr(each, REPORTS) for each in private.values()) or any(
-        hasattr(cls, name) for name in _CLIENT_METHODS
-    ):
+    has_client = any(hasattr(type(each), REPORTS) for each in private.values())
+    if has_client or any(hasattr(cls, name) for name in _CLIENT_METHODS):
         pacing.expect_headers()
     _set_state(paced, obj, vars(obj), {**private, _PACING: pacing})
     return paced

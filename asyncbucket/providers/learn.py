@@ -37,6 +37,7 @@ from asyncbucket.levels import (
     meet_provider,
     observe_remaining,
     provider_of,
+    shared,
 )
 from asyncbucket.providers.errors import DAILY, Verdict, http_date
 from asyncbucket.providers.profiles import Profile, Told
@@ -110,10 +111,7 @@ class HeaderReader:
     @classmethod
     def of(cls, limiter: Limiter) -> "HeaderReader":
         """Return what all models that are paced by this limiter share."""
-        found: HeaderReader = vars(limiter).get("_headers") or vars(limiter).setdefault(
-            "_headers", cls(limiter)
-        )
-        return found
+        return shared(cls, limiter, "_headers")
 
     def expect(self) -> None:
         """Have the provider's limits learn how it counts them, from the first call on."""
@@ -312,10 +310,7 @@ class Refusals:
     @classmethod
     def of(cls, limiter: Limiter) -> "Refusals":
         """Return what all who hear of this limiter's refusals share."""
-        found: Refusals = vars(limiter).get("_refusals") or vars(limiter).setdefault(
-            "_refusals", cls(limiter)
-        )
-        return found
+        return shared(cls, limiter, "_refusals")
 
     def succeeded(self, sent_at: float | None = None) -> None:
         """End a series of waves, unless the call was sent before the latest wave came."""

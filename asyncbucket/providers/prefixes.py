@@ -48,6 +48,7 @@ from asyncbucket.levels import (
     excess_of,
     provider_of,
     reprice,
+    shared,
 )
 from asyncbucket.providers.profiles import Profile
 from asyncbucket.providers.usage import Usage
@@ -405,11 +406,7 @@ class Prefixes:
     @classmethod
     def of(cls, limiter: Limiter) -> "Prefixes":
         """Return what all know who make calls of the provider that limits ``limiter``."""
-        level = provider_of(limiter)
-        found: Prefixes = vars(level).get("_prefixes") or vars(level).setdefault(
-            "_prefixes", cls(level)
-        )
-        return found
+        return shared(cls, provider_of(limiter), "_prefixes")
 
     def tokens_read(self, prompt: Prompt) -> tuple[int, float]:
         """Return how many tokens of ``prompt`` will be read and not be counted, and until when."""

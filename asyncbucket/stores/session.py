@@ -158,10 +158,8 @@ class Session:
                 record.correct(correction, record.last_start)
         now = self._clock()
         later = min(self._ask_at, now + _GATHER_LONG) if self._heard.in_line else 0
-        if (
-            correction is not None and correction.dated
-        ):  # others must hear before the window has passed
-            later = 0
+        if correction is not None and correction.dated:
+            later = 0  # others must hear before the window has passed
         gathered = now + _GATHER_BRIEFLY if is_awaited else max(now + _GATHER, later)
         self._report_at = min(self._report_at, gathered)
         self.ring()
@@ -301,10 +299,8 @@ class Session:
                 self._probe = self._spawn(self._send(None))
             await self._sleep(min(self._admit_alone(heads), self.health.retry_at, self._forget_at))
             return
-        if (
-            self._heard.in_line and not heads
-        ):  # leave the store's line; whoever comes next asks anew
-            self._ask_at = 0
+        if self._heard.in_line and not heads:
+            self._ask_at = 0  # leave the store's line; whoever comes next asks anew
         ask_at = max(self._ask_at, self.health.resume_at) if heads else self._forget_at
         is_due = now >= ask_at if heads else self._heard.in_line
         if is_due and not is_urgent and (until := self._await_loops(heads)):
@@ -340,9 +336,8 @@ class Session:
             if debts:
                 self._outbox.add(corrections=tuple(debts))
                 self._report_at = 0
-            elif (
-                receipt.steady < STEADY and self._place.root is None
-            ):  # to know a share in an outage
+            elif receipt.steady < STEADY and self._place.root is None:
+                # To know a share in an outage.
                 self._report_at = min(self._report_at, asked_at + STEADY + STEADY // 8)
         if heads:
             self._answer_calls(heads, batch.calls, receipt, asked_at)
