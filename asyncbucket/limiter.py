@@ -9,7 +9,18 @@ import inspect
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ParamSpec, Self, TypeAlias, TypeVar, Unpack, cast, overload
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Final,
+    ParamSpec,
+    Self,
+    TypeAlias,
+    TypeVar,
+    Unpack,
+    cast,
+    overload,
+)
 
 from asyncbucket.agents import Agents, running_agent
 from asyncbucket.engine.context import Inherited, inherited, read_text
@@ -60,6 +71,8 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T")
+#: What people give to a limiter that is meant for what it paces.
+_OF_DOORS: Final = frozenset(("learn", "cache", "retries", "retry", "profile"))
 #: An amount for `Limiter.paced`, or a function of the call's arguments that returns it.
 PacedCost: TypeAlias = float | str | Callable[..., float | str] | None
 
@@ -147,6 +160,10 @@ class Limiter(EngineLimiter):
             raise TypeError(f"shadow must be True or False, not {shadow!r}")
         if shadow and store is not None:
             raise ValueError("a limiter in shadow cannot use a store: leave out store=")
+        for option in _OF_DOORS & limits_by_keyword.keys():
+            raise TypeError(
+                f"{option}= is for transport(), http_client() or wrap(), not for Limiter()"
+            )
         given = {"concurrency": concurrency, "max_queue": max_queue, "timeout": timeout}
         terms = Terms.read(limits, {**given, **limits_by_keyword})
         read_on_outage(on_outage)

@@ -278,7 +278,9 @@ class Lease(OfThisProcess):
                     pacer.catch_up()
                 raise
             if not in_time:
-                raise report.too_late(node, amounts, asked, deadline)  # noqa: TRY301 - counted below
+                raise report.too_late(  # noqa: TRY301 - counted below
+                    node, amounts, self._priority, asked, deadline
+                )
             waiter.lease = None  # the dispatcher may remember a deadline for long
         except BaseException as error:
             self._state = OVER
@@ -300,9 +302,9 @@ class Lease(OfThisProcess):
             node.check(amounts)
             for level in node.path:
                 if level.max_queue is not None and level.waiting >= level.max_queue:
-                    raise report.too_many_wait_locked(level, node, amounts)
+                    raise report.too_many_wait_locked(level, node, amounts, self._priority)
             if deadline is not None and node.soonest(amounts, now) > deadline:
-                raise report.too_late_locked(node, amounts, now, deadline)
+                raise report.too_late_locked(node, amounts, self._priority, now, deadline)
             waiter: AnyWaiter
             if dispatcher is None:
                 _refuse_nesting(node)
@@ -355,7 +357,7 @@ class Lease(OfThisProcess):
 
     def _refuse(self) -> None:
         """Refuse the call, which cannot pass now."""
-        report.refuse(self._node, self._amounts)
+        report.refuse(self._node, self._amounts, self._priority)
 
     def _notify_admitted(self) -> None:
         node, asked = self._node, self._node.path[0]

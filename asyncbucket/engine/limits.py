@@ -72,6 +72,16 @@ _LONG: Final = re.compile(
 )
 #: What separates a limit from when it resets.
 _RESETS: Final = re.compile(r",?\s+resets?(?:\s+at)?\s+", re.IGNORECASE)
+_OTHERS: Final = (
+    "concurrency",
+    "name",
+    "max_queue",
+    "timeout",
+    "store",
+    "prices",
+    "weight",
+    "priority",
+)
 _SYNTAX: Final = (
     'write e.g. "500 RPM", "200k TPM", "10/s", "100 requests/minute", "3 images/10s", "25 USD/day", '
     'with "burst 20" at the end if wanted'
@@ -238,10 +248,7 @@ def read_limits(limits: Iterable[str | Limit], keywords: Mapping[str, Any]) -> l
     found = [limit if isinstance(limit, Limit) else Limit.parse(limit) for limit in limits]
     for keyword, amount in keywords.items():
         if keyword not in KEYWORDS:
-            known = ", ".join(KEYWORDS)
-            raise LimitSyntaxError(
-                f"{keyword}= is not a limit; known: {known}, concurrency; else {_SYNTAX}"
-            )
+            raise LimitSyntaxError(_unknown(keyword))
         if amount is not None:
             resource, per = KEYWORDS[keyword]
             found.append(Limit(resource, _amount(amount, resource, keyword), per=per))
@@ -251,6 +258,17 @@ def read_limits(limits: Iterable[str | Limit], keywords: Mapping[str, Any]) -> l
         if earlier is not limit:
             raise LimitSyntaxError(f"two limits for one window: {earlier} and {limit}; keep one")
     return found
+
+
+def _unknown(keyword: str) -> str:
+    """Say that a keyword is none of a limiter's, and which one was probably meant."""
+    import difflib  # only errors come here
+
+    near = difflib.get_close_matches(keyword, (*KEYWORDS, *_OTHERS), n=1, cutoff=_NEAR)
+    if near:
+        return f"unknown argument {keyword}=: did you mean {near[0]}=?"
+    known = ", ".join(KEYWORDS)
+    return f"unknown argument {keyword}=: limits by keyword are {known}; else {_SYNTAX}"
 
 
 def _read_per(per: float | str, resets: str | None) -> float:

@@ -7,6 +7,7 @@ as whoever admits calls.
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from asyncbucket.engine.cost import Cost
@@ -26,9 +27,13 @@ from asyncbucket.engine.wording import counted, in_seconds, with_verb
 
 if TYPE_CHECKING:
     from asyncbucket.engine.pacer import Pacer
+    from asyncbucket.engine.queue import AnyWaiter
 
 Refusal = TypeVar("Refusal", WouldBlock, AcquireTimeout, QueueFull)
 _AT_ONCE: Final = "cannot pass without waiting"
+_WAIT: Final = "wait with acquire()"
+#: If more wait, so many of them stand for all.
+_SAMPLE: Final = 100
 #: A deadline further back (ns) than this was probably meant as seconds from now.
 _LONG_PAST: Final = 1_000_000_000
 REFUSALS: Final = (WouldBlock, AcquireTimeout, QueueFull, CostExceedsLimit)
@@ -37,15 +42,15 @@ REFUSALS: Final = (WouldBlock, AcquireTimeout, QueueFull, CostExceedsLimit)
 # --- refusals ---
 
 
-def too_many_wait_locked(level: Node, node: Node, amounts: Amounts) -> QueueFull:
+def too_many_wait_locked(level: Node, node: Node, amounts: Amounts, priority: int) -> QueueFull:
     """Return the error of a call for which the line of ``level`` is too long."""
     ahead = counted(level.waiting, "calls")
     how = f"cannot pass behind {ahead} waiting already" if level.waiting else _AT_ONCE
     remedy = f"try again later or raise max_queue={level.max_queue:,}"
-    return _refusal_locked(QueueFull, node, amounts, how, remedy)
+    return _refusal_locked(QueueFull, node, amounts, priority, how, remedy, level)
 
 
-def refuse(node: Node, amounts: Amounts) -> None:
+def refuse(node: Node, amounts: Amounts, priority: int) -> None:
     """Refuse a call that cannot pass now.
 
     Raises:
@@ -55,20 +60,24 @@ def refuse(node: Node, amounts: Amounts) -> None:
     try:
         with node.pacer:
             node.check(amounts)
-            raise _refusal_locked(WouldBlock, node, amounts, _AT_ONCE, "wait with acquire()")
+            raise _refusal_locked(WouldBlock, node, amounts, priority, _AT_ONCE, _WAIT)
     except REFUSALS as error:
         count_refusal(node, amounts, error)
         raise
 
 
-def too_late(node: Node, amounts: Amounts, asked: int, deadline: int | None) -> AcquireTimeout:
+def too_late(
+    node: Node, amounts: Amounts, priority: int, asked: int, deadline: int | None
+) -> AcquireTimeout:
     """Return the error of a call whose time is up."""
     assert deadline is not None
     with node.pacer:
-        return too_late_locked(node, amounts, asked, deadline)
+        return too_late_locked(node, amounts, priority, asked, deadline)
 
 
-def too_late_locked(node: Node, amounts: Amounts, asked: int, deadline: int) -> AcquireTimeout:
+def too_late_locked(
+    node: Node, amounts: Amounts, priority: int, asked: int, deadline: int
+) -> AcquireTimeout:
     """Return the error of a call that cannot pass by its deadline, or has waited until then."""
     span = in_seconds(max(0, deadline - asked) * 1e-9)
     gave_up = asked < deadline <= node.pacer.clock()
@@ -77,7 +86,7 @@ def too_late_locked(node: Node, amounts: Amounts, asked: int, deadline: int) -> 
     if asked - deadline > _LONG_PAST:
         how = "cannot pass by a deadline that has passed"
         remedy = f"a deadline is an instant of time.monotonic(), not seconds from now: {remedy}"
-    return _refusal_locked(AcquireTimeout, node, amounts, how, remedy)
+    return _refusal_locked(AcquireTimeout, node, amounts, priority, how, remedy)
 
 
 def count_refusal(node: Node, amounts: Amounts, error: AsyncBucketError) -> None:
@@ -97,15 +106,22 @@ def count_refusal(node: Node, amounts: Amounts, error: AsyncBucketError) -> None
 
 
 def _refusal_locked(
-    error_type: type[Refusal], node: Node, amounts: Amounts, how: str, remedy: str
+    error_type: type[Refusal],
+    node: Node,
+    amounts: Amounts,
+    priority: int,
+    how: str,
+    remedy: str,
+    level: Node | None = None,
 ) -> Refusal:
     """Return the error of a refusal, with what binds and for how long."""
     pacer: Pacer = node.pacer
     now = pacer.clock()
+    ahead = _time_of_locked(level or node, priority)
     if node.ways:
         ways = ways_of(node, amounts)
         node = min(ways, key=lambda way: way.earliest(amounts, now)[0])
-    due, bound_by, why = _reason_locked(node, amounts, now, at_once=error_type is WouldBlock)
+    due, bound_by, why = _reason_locked(node, amounts, now, ahead, at_once=error_type is WouldBlock)
     if bound_by == "paused":
         remedy = remedy.removesuffix(" or the limit")  # no limit ends a pause
     limited = node.resources()
@@ -123,15 +139,37 @@ def ways_of(node: Node, amounts: Amounts) -> list[Node]:
     return [*(node.able(amounts) or node.ways or (node,))]
 
 
+def _ahead_locked(level: Node, priority: int) -> "Iterator[AnyWaiter]":
+    """Yield who waits at ``level`` and below, and does not let a call of such a priority go before."""
+    for each, line in level.lines.items():
+        if each >= priority:
+            yield from (waiter for waiter in line.waiters() if waiter.lines[0] is line)
+    for below in level.ways or level.children or ():
+        if below.waiting:
+            yield from _ahead_locked(below, priority)
+
+
+def _time_of_locked(level: Node, priority: int) -> int:
+    """Return about how long (ns) the limits make those wait who are ahead at ``level``."""
+    if not level.waiting or not level.route.seconds:
+        return 0
+    works = [level.work(each.amounts) for each in islice(_ahead_locked(level, priority), _SAMPLE)]
+    calls = len(works) if len(works) < _SAMPLE else level.waiting
+    return round(sum(works) / max(1, len(works)) * calls * 1e9)
+
+
 def _held_up(node: Node) -> tuple[str, int] | None:
     """Return what a store holds up the first of those calls for, and until when at least."""
     return next(filter(None, (place.held_up() for place in node.places)), None)
 
 
 def _reason_locked(
-    node: Node, amounts: Amounts, now: int, *, at_once: bool
+    node: Node, amounts: Amounts, now: int, ahead: int, *, at_once: bool
 ) -> tuple[int, str | None, str]:
-    """Return when such a call could pass, or `NEVER` if unknown; what binds; and both in words."""
+    """Return when such a call could pass, or `NEVER` if unknown; what binds; and both in words.
+
+    ``ahead`` is how long (ns) those take who go before it.
+    """
     pacer: Pacer = node.pacer
     due, bound_by = node.earliest(amounts, now)
     windows = [window for level in node.path for window in level.limits.values()]
@@ -147,11 +185,14 @@ def _reason_locked(
             return NEVER, None, "the store that keeps its limits has to be asked"
         bound_by, due = known[0], max(now, known[1])
     if bound_by is None:
-        return pacer.next_dispatch_locked(now), None, "others came first"
-    left = in_seconds((due - now) * 1e-9)
+        return pacer.next_dispatch_locked(now) + ahead, None, "others came first"
     if bound_by == "paused":
-        return due, bound_by, f"the limiter is paused for {left} more{node.why_paused()}"
+        left = in_seconds((due - now) * 1e-9)
+        why = f"the limiter is paused for {left} more{node.why_paused()}"
+        return due + ahead, bound_by, why
     if due < NEVER:
+        due += ahead
+        left = in_seconds((due - now) * 1e-9)
         binding = (each for each in windows if each.limit.resource == bound_by)
         full = (each.limit for each in binding if each.available(now) < amounts[bound_by])
         resets = next((limit.resets for limit in full if limit.resets), None)

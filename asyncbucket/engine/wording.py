@@ -68,8 +68,8 @@ def rounded(value: float) -> str:
 
 
 def in_seconds(value: float) -> str:
-    """Return a time in words: "0.25 s", "86,906 s"."""
-    return f"{rounded(value)} s"
+    """Return a time in words, of a millisecond at least: "0.25 s", "86,906 s"."""
+    return f"{rounded(max(value, 0.001) if value > 0 else value)} s"
 
 
 def written_out(per: float) -> str:

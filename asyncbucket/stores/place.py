@@ -463,8 +463,10 @@ class StorePlace(Place):
         for waiter in heads if len(self._pacer.trees) == 1 else ():
             is_less = any(waiter.amounts.get(each, 0) < units for each, units in amounts.items())
             if waiter.deadline is not None and waiter.deadline < soonest and not is_less:
-                node, deadline = waiter.line.node, waiter.deadline
-                error = too_late_locked(node, waiter.amounts, waiter.asked, deadline)
+                line, deadline = waiter.line, waiter.deadline
+                error = too_late_locked(
+                    line.node, waiter.amounts, line.priority, waiter.asked, deadline
+                )
                 self._pacer.fail_locked(waiter, error)
 
     def refuse(self, waiter: AnyWaiter) -> None:

@@ -124,10 +124,10 @@ async def test_call_beyond_max_queue_of_any_level_is_refused(time: VirtualTime) 
     calls = await start_all(each.acquire() for each in (a, below))
     says = (
         "a call of 1 request cannot pass behind 2 calls waiting already: requests bind for "
-        "1 s more; try again later or raise max_queue=2"
+        "3 s more; try again later or raise max_queue=2"
     )
     for limiter in (a, below):
-        with refused(QueueFull, says, retry_after=1.0, bound_by="requests"):
+        with refused(QueueFull, says, retry_after=3.0, bound_by="requests"):
             await limiter.acquire()
     calls.append(await start(b.acquire()))
     with refused(QueueFull, "behind 3 calls waiting already: "):
@@ -136,6 +136,25 @@ async def test_call_beyond_max_queue_of_any_level_is_refused(time: VirtualTime) 
     await all_blocked()
     await asyncio.gather(a.acquire(), *calls[1:])
     assert (key.statistics().refused, key.max_queue) == (3, 3)
+
+
+async def test_error_counts_those_who_are_ahead(time: VirtualTime) -> None:
+    limiter = Limiter("60k TPM burst 1k", clock=time.clock)
+    limiter.acquire_nowait(tokens=1_000)
+    calls = await start_all(
+        limiter.acquire(tokens=tokens, priority=priority)
+        for tokens, priority in ((500, 0), (2_000, 0), (9_000, -1))
+    )
+    for priority, seconds in ((1, 1.0), (0, 3.5), (-1, 12.5)):
+        says = f"tokens bind for {seconds:g} s more"
+        with refused(AcquireTimeout, says, retry_after=seconds, bound_by="tokens"):
+            await limiter.acquire(tokens=1_000, timeout=0.5, priority=priority)
+    calls += await start_all(limiter.acquire(tokens=100) for _ in range(300))
+    mean = (500 + 2_000 + 98 * 100) / 100  # the first hundred stand for all
+    with refused(WouldBlock, retry_after=pytest.approx(1 + 303 * mean / 1_000)):
+        limiter.acquire_nowait(tokens=1_000)
+    for call in calls:
+        call.cancel()
 
 
 async def test_timeout_of_limiter_is_default_for_calls_and_children(time: VirtualTime) -> None:

@@ -84,7 +84,7 @@ NUMBERS = [0, -1, 1.5, float("nan"), float("inf"), True, "5"]
 WINDOWS = [0, -1, 1e-4, float("nan"), float("inf"), True, "minute", None, 1e9]
 WINDOW = "a window must last from 0.001 to 34,560,000 seconds (400 days), not {}"
 MONEY = "limit of usd must be from 0.000001 to 1e12 dollars, not {}"
-KNOWN = "is not a limit; known: rps, rpm, rph, rpd, tpm, tpd, itpm, otpm, concurrency; else write"
+KNOWN = "=: limits by keyword are rps, rpm, rph, rpd, tpm, tpd, itpm, otpm; else write"
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,10 @@ KNOWN = "is not a limit; known: rps, rpm, rph, rpd, tpm, tpd, itpm, otpm, concur
         (limit, "resource", ["", "two words", "1st", 5, None], "must be a name such as requests"),
         (limit, "resource", ["concurrency"], "no window: pass concurrency=..."),
         (limit, "burst", [11], "a burst of 11 is above the limit of 10 tokens per 60 s: lower the"),
-        (Limiter, "rpmm", [5], "rpmm= " + KNOWN),
+        (Limiter, "calls", [5], "unknown argument calls" + KNOWN),
+        (Limiter, "rpmm", [5], "unknown argument rpmm=: did you mean rpm=?"),
+        (Limiter, "concurency", [5], "concurency=: did you mean concurrency=?"),
+        (Limiter, "learn", [False], "is for transport(), http_client() or wrap()"),
         (Limiter().child, "rpmm", [5], ""),
     ],
 )
