@@ -134,7 +134,7 @@ clean: ## Remove environments, caches and everything built
 define install
 	@test -x $(1)/bin/python || { echo "making $(1)"; $(PYTHON) -m venv $(1); }
 	@$(1)/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 11) and "asyncbucket needs Python 3.11 or newer: make PYTHON=python3.11")'
-	@echo "installing what pyproject.toml names into $(1) (once)"
+	@echo "installing dependencies into $(1) (first run only)"
 	@$(1)/bin/python $(PIP_INSTALL) $(3) -e '.[$(2)]'
 	@rm -f $(1)/.installed-*
 	@touch $@

@@ -116,12 +116,12 @@ class Limiter(EngineLimiter):
             ``"redis://127.0.0.1:6379/0"`` or ``"sqlite:///limits.db"``. Limiters of the same
             ``name`` share their limits. See `asyncbucket.stores`.
         on_outage: what to do while the store is gone: go on with this process's ``"share"`` of the
-            limits, admit nobody (``"closed"``) or everybody (``"open"``).
+            limits, let no call pass (``"closed"``), or every call (``"open"``).
         slot_ttl: seconds after which the slots of a process that died come back.
         clock: a callable that returns monotonic integer nanoseconds.
         wall_clock: a callable that returns integer nanoseconds since 1970 (UTC), for limits that
-            reset by the calendar; by default ``time.time_ns``, or, with a ``clock`` of your own, that
-            clock set to the current time now. With a store, the store's clock counts.
+            reset by the calendar; by default ``time.time_ns``. With a ``clock`` of your own, it starts
+            at the current time and moves with that clock. With a store, the store's clock counts.
         prices: what models cost, for limits and budgets of dollars, if not what is published:
             ``{"gpt-4o-mini": Price(input=0.15, output=0.60)}``, or the path of a TOML file;
             see `asyncbucket.prices`.

@@ -178,17 +178,17 @@ class Trial:
         share = min(1.0, seen.admitted / allowed) if allowed else 0.0
         waits = {} if self.limiter is None else self.limiter.statistics().waits
         means = (
-            f"{named(each)}, {wait.seconds / wait.count:.1f} s" for each, wait in waits.items()
+            f"{wait.seconds / wait.count:.1f} s for {named(each)}" for each, wait in waits.items()
         )
         return {
             "agents finished": f"{self.agents_finished:,} of {self.scenario.agents:,}",
             "calls": f"{answered + self.failed:,}",
-            "HTTP requests": f"{seen.requests:,}",
+            "HTTP requests, retries included": f"{seen.requests:,}",
             "429s": f"{seen.refused:,}",
             "failed": f"{self.failed:,}",
             "wall time": f"{self.seconds:.1f} s",
-            "share of the limit used": percent(share),
-            "waited for, mean": "; ".join(means) or "-",
+            "limit used while it ran": percent(share),
+            "mean wait": "; ".join(means) or "-",
         }
 
     def panel(self) -> Panel:

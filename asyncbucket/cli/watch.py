@@ -110,8 +110,8 @@ def _fetch(url: str) -> dict[str, Any]:
     except (httpx.HTTPError, httpx.InvalidURL, KeyError, TypeError, ValueError) as error:
         kind = type(error).__name__  # its message may quote a password
         raise ConnectionError(
-            f"nothing serves statistics at {without_password(url)} ({kind}): does the program run, and "
-            f"did it call limiter.serve_stats()?"
+            f"nothing serves statistics at {without_password(url)} ({kind}): start the program first; "
+            f"it must call limiter.serve_stats()"
         ) from error
 
 

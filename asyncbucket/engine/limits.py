@@ -33,6 +33,7 @@ _OTHER_WORDS: Final = {
     "input_token": "input_tokens",
     "output_token": "output_tokens",
 }
+_CURRENCIES: Final = frozenset(("aud", "cad", "chf", "cny", "eur", "gbp", "inr", "jpy"))
 #: A name that is this similar (of 1) to one of the usual ones, or to "request", "token" or "tok", is
 #: taken for a typing error.
 _NEAR: Final = 0.8
@@ -291,6 +292,10 @@ def _read_resource(name: str) -> str:
     usual = {*_RESOURCES.values(), USD}
     if name in usual or name in _OTHER_WORDS:
         return _OTHER_WORDS.get(name, name)
+    if name in _CURRENCIES:
+        raise LimitSyntaxError(
+            f"money is counted in USD, not {name.upper()}: give the limit in USD"
+        )
     import difflib  # only limits of other resources come here
 
     near = difflib.get_close_matches(name, (*usual, "request", "token", "tok"), n=1, cutoff=_NEAR)

@@ -106,7 +106,7 @@ class MemberState:
 
     def __str__(self) -> str:
         if not self.left_out:
-            before = "" if self.reason is None else f" (last failure: {self.reason})"
+            before = "" if self.reason is None else f", after a failure ({self.reason})"
             return f"{self.name!r}: in use{before}"
         return f"{self.name!r}: left out for {in_seconds(self.left_out)} more ({self.reason})"
 

@@ -301,7 +301,7 @@ def test_model_without_a_price_ends_a_run_that_has_a_cap() -> None:
     [
         ("in.jsonl --rpm 1 --max-usd 0", "limit of usd must be from 0.000001"),
         ("in.jsonl", "say what your key allows: --rpm and --tpm"),
-        ("none.jsonl --rpm 1", "'none.jsonl' is not a file that can be read: name one"),
+        ("none.jsonl --rpm 1", "'none.jsonl' is not a file: name a file of requests or prompts"),
         ("in.jsonl --rpm 1 -o in.jsonl", "in.jsonl is read already: give another -o"),
         (f"in.jsonl --rpm 1 -o {os.devnull}", "is not a file that can be written"),
         ("in.jsonl --rpm 1 -o .", ". is not a file that can be written"),

@@ -113,7 +113,7 @@ def test_states_of_a_pool_say_who_is_left_out_why_and_for_how_long() -> None:
     assert [str(state) for state in pool.states()] == left_out
     clock.advance(1)
     probe = pool.acquire_nowait()
-    assert str(pool.states()[0]) == "'one': in use (last failure: HTTP 401)"
+    assert str(pool.states()[0]) == "'one': in use, after a failure (HTTP 401)"
     assert pool.acquire_nowait().limiter.name == "two"
     probe.member_works()  # before it is over, so the others follow
     assert (pool.acquire_nowait().limiter.name, probe.released) == ("one", False)

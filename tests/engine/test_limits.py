@@ -188,6 +188,8 @@ def test_misspelled_resource_is_refused_with_likely_one(likely: str, misspelled:
     for written in misspelled.split():
         with pytest.raises(LimitSyntaxError, match=f"did you mean {likely}\\?$"):
             Limiter(f"500 {written}/min")
+    with pytest.raises(LimitSyntaxError, match="money is counted in USD, not EUR"):
+        Limiter("25 EUR/day")
 
 
 @pytest.mark.filterwarnings("error")

@@ -160,7 +160,9 @@ class Job:
     def _check_files(self) -> None:
         """Refuse files that cannot be read or written, and to write what is read: it would be lost."""
         if not self.source.is_file():
-            raise ValueError(f"{str(self.source)!r} is not a file that can be read: name one")
+            raise ValueError(
+                f"{str(self.source)!r} is not a file: name a file of requests or prompts"
+            )
         for path in (self.out, self.limits_file, self.errors_file):
             if path.name == "-" or (path.exists() and not path.is_file()):  # answers are read again
                 raise ValueError(f"{path} is not a file that can be written: give another -o")
