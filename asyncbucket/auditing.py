@@ -32,7 +32,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Self
 
-from asyncbucket.engine.lease import HELD, LENT, OVER, Lease
+from asyncbucket.engine.lease import OPEN, OVER, Lease
 from asyncbucket.providers.profiles import GENERIC, profile_of
 
 _CALLBACK: Final = asyncio.Handle._run.__code__  # noqa: SLF001
@@ -106,7 +106,7 @@ class Audit:
         """Count a call that is about to be made, if it goes to a provider."""
         if profile_of(host) is GENERIC and not any(fnmatchcase(host, each) for each in self._hosts):
             return
-        is_paced = any(lease._state in (HELD, LENT) for lease in _leases())  # noqa: SLF001
+        is_paced = any(lease._state in OPEN for lease in _leases())  # noqa: SLF001
         where = "" if is_paced else _origin().where.removeprefix(f"{Path.cwd()}{os.sep}")
         with self._lock:
             if is_paced:

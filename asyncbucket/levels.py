@@ -326,8 +326,8 @@ def observe_remaining(
 
 def call_accepted(lease: Lease) -> None:
     """Tell what learns how a provider counts that it has accepted a call."""
-    when = lease._when
-    learning: list[Any] = [meter for meter, _ in lease._meters if meter.learns]
+    when = lease.began("ok")
+    learning: list[Any] = [meter for meter, _ in lease._route.meters if meter.learns]
     moved = [meter for meter in learning if meter.is_moved_by(when)]
     if moved:
         node = lease._node
@@ -354,12 +354,12 @@ def call_refused(lease: Lease, limiter: Limiter, resource: str | None) -> None:
     That is blamed on the limit of ``resource``, if the provider names it, or else on the one that
     came closest to what is known to pass. If nothing limits the calls, the number of slots is found.
     """
-    node, when = limiter._node, lease._when
+    node, when = limiter._node, lease.began("ok")
     if not (node.limits or limiter.concurrency or node.place or is_in_shadow(limiter)):
         limiter.reconfigure(concurrency="auto")
     meet_provider(limiter)
     with node.pacer:
-        passed: list[Any] = [pair for pair in node.extra if pair in lease._meters]
+        passed: list[Any] = [pair for pair in node.extra if pair in lease._route.meters]
         learning = [pair for pair in passed if pair[0].learns]
         blamed = [pair for pair in learning if pair[1] == resource] or learning
         if blamed:

@@ -15,7 +15,7 @@ from asyncbucket.engine.interfaces import Account
 from asyncbucket.engine.lease import ASKED, Lease
 from asyncbucket.engine.limiter import Limiter
 from asyncbucket.engine.limits import Limit
-from asyncbucket.engine.meters import NEVER, Meters
+from asyncbucket.engine.meters import NEVER, Route
 from asyncbucket.engine.node import Node
 from asyncbucket.engine.pacer import Pacer
 from asyncbucket.engine.queue import AnyWaiter, Line
@@ -277,10 +277,8 @@ class PoolLease(Lease):
             for way in self._ways(is_patient=now < self._until):
                 way.pacer.join_too_locked(waiter, way, now)
 
-    def _hold_locked(
-        self, now: int, waiter: AnyWaiter, bound_by: str | None, meters: Meters | None = None
-    ) -> None:
-        super()._hold_locked(now, waiter, bound_by, meters)
+    def _hold_locked(self, now: int, waiter: AnyWaiter, bound_by: str | None, route: Route) -> None:
+        super()._hold_locked(now, waiter, bound_by, route)
         self._settle_down()
 
 

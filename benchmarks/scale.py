@@ -32,7 +32,7 @@ BLOCKED: Final = 1.0
 
 def booked_at(lease: Any) -> Any:
     """Return when the store has booked a call, by its own clock (ns)."""
-    meters = [meter for meter, _ in lease._meters]  # noqa: SLF001 - as tests do
+    meters = [meter for meter, _ in lease._route.meters]  # noqa: SLF001 - as tests do
     booked = (getattr(meter, "_reservation", None) for meter in meters)
     return next(each.booked_at for each in booked if each is not None)
 

@@ -25,7 +25,11 @@ class Admission(Protocol):
     """What an account may ask of a lease."""
 
     accounts: "tuple[Account, ...]"
-    bound_by: str | None
+
+    @property
+    def bound_by(self) -> str | None:
+        """What it waited for; None if it did not wait."""
+        ...
 
     @property
     def amounts(self) -> Amounts:

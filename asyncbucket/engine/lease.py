@@ -11,7 +11,7 @@ import contextlib
 import warnings
 from collections.abc import Callable, Collection, Generator, Iterable, Mapping
 from threading import get_ident
-from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias, Unpack
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self, TypeAlias, Unpack
 
 from asyncbucket.engine import report
 from asyncbucket.engine.cost import COMMON, Cost, rounded_up
@@ -25,7 +25,7 @@ from asyncbucket.engine.dispatchers import (
 from asyncbucket.engine.errors import AcquireTimeout, AsyncBucketError, CostExceedsLimit
 from asyncbucket.engine.events import Admitted, Outcome, Queued, Released, Settled
 from asyncbucket.engine.interfaces import Account
-from asyncbucket.engine.meters import Amounts, Meters, admit
+from asyncbucket.engine.meters import Amounts, Meters, Route, Slots, admit, untake
 from asyncbucket.engine.node import Node, shown_name
 from asyncbucket.engine.queue import AnyWaiter, Line, SyncWaiter, Waiter
 from asyncbucket.engine.terms import CallAmounts
@@ -34,8 +34,9 @@ from asyncbucket.engine.wording import USD, warn_user
 if TYPE_CHECKING:
     from asyncbucket.engine.pacer import Pacer
 
-#: What becomes of a call. One that gave some slots up for a call made inside it is `LENT`.
-ASKED, WAITING, HELD, LENT, OVER = range(5)
+#: What becomes of a call. Whoever enters it in a second place would make two calls of one.
+ASKED, WAITING, HELD, ENTERED, OVER = range(5)
+OPEN: Final = HELD, ENTERED
 _USED: Final = "a lease serves one call, and this one was used already: call acquire() for another"
 _BLOCKS: Final = (
     "this call waits for its admission and blocks the event loop, so nothing else runs: await "
@@ -49,7 +50,7 @@ _NESTED: Final = (
     "this task holds the only slot of {!r} and waits for it here: release the first lease before this "
     "call, give the calls inside a limiter of their own, or raise concurrency"
 )
-PARTS_OF_TOKENS: Final = ("input_tokens", "output_tokens")
+PARTS_OF_TOKENS: Final = frozenset({"input_tokens", "output_tokens"})
 #: How many parts a lease remembers. If a stream is settled chunk by chunk, older debts count as
 #: reserved, so giving them back errs on the safe side.
 _PARTS: Final = 16
@@ -57,6 +58,16 @@ _PARTS: Final = 16
 #: Units that a call has booked of one resource, when, and in which meters: first the reservation,
 #: then each debt. Limits that are set later never had it, so they get nothing back of it.
 Parts: TypeAlias = list[tuple[int, int, Meters]]
+#: What a call has passed that has not been admitted.
+_NOTHING: Final = Route((), ())
+
+
+class _InLine(NamedTuple):
+    """How long (s) a call stood in line, what for, and where: that line's share paid for it."""
+
+    waited: float
+    bound_by: str | None
+    line: Line
 
 
 class Lease(OfThisProcess):
@@ -77,29 +88,18 @@ class Lease(OfThisProcess):
     # What most leases never set: they neither wait nor are settled.
     #: What is told of the call beside the limits.
     accounts: tuple[Account, ...] = ()
-    #: Seconds between asking and admission.
-    waited: float = 0.0
-    #: What it waited for: ``"requests"``, ``"tokens"``, ``"concurrency"``, ``"paused"``...; None if it
-    #: did not wait.
-    bound_by: str | None = None
     #: Until when it may wait, worked out as it begins to; and how urgent it is.
     _deadline: Callable[[], int | None] | None = None
     _priority = 0
     _state = ASKED
     #: Where it was admitted; if it was not, settling changes nothing.
     _dispatcher: Dispatcher = NOWHERE
-    _entered = False
-    #: The meters that it passed; and the line where it stood, if it waited, whose share paid.
-    _meters: Meters = ()
-    _line: Line | None = None
-    #: For each settled resource, what is booked, and when.
-    _parts: dict[str, Parts] | None = None
-    #: The levels at which it still has its slot, if it gave some up.
-    _levels: tuple[Node, ...] | None = None
-    #: The date of its cost.
+    #: When it was admitted; the meters that it passed, and the limiters at which it has its slot.
     _when = 0
-    #: When it was admitted, if `_sent` has moved ``_when``, the date of its cost.
-    _admitted: int | None = None
+    _route: Route = _NOTHING
+    _in_line: _InLine | None = None
+    #: What it has booked, once that is not what it reserved.
+    _ledger: "Ledger | None" = None
 
     def __init__(self, node: Node, amounts: dict[str, int]) -> None:
         self._node = node
@@ -136,7 +136,7 @@ class Lease(OfThisProcess):
             dispatcher.leases += 1
             self._dispatcher = dispatcher
             self._when = now
-            self._meters = route.meters
+            self._route = route
             self._state = HELD
             if self.accounts or route.accounts:
                 self._pass_locked(node, now)
@@ -147,19 +147,14 @@ class Lease(OfThisProcess):
             self._notify_admitted()
         return True
 
-    def _hold_locked(
-        self, now: int, waiter: AnyWaiter, bound_by: str | None, meters: Meters | None = None
-    ) -> None:
-        """Note that it passed at ``now``, after it had waited as ``waiter``."""
+    def _hold_locked(self, now: int, waiter: AnyWaiter, bound_by: str | None, route: Route) -> None:
+        """Note that it passed ``route`` at ``now``, after it had waited as ``waiter``."""
         dispatcher, line = waiter.dispatcher.home, waiter.line
         dispatcher.leases += 1
         self._dispatcher, self._node = dispatcher, line.node
-        self._when = now
+        self._when, self._route = now, route
         self._state = HELD
-        self._line = line
-        self._meters = line.node.route.meters if meters is None else meters
-        self.waited = (now - waiter.asked) * 1e-9
-        self.bound_by = bound_by
+        self._in_line = _InLine((now - waiter.asked) * 1e-9, bound_by, line)
         if self.accounts or line.node.route.accounts:
             self._pass_locked(line.node, now)
 
@@ -173,7 +168,7 @@ class Lease(OfThisProcess):
         self._state = OVER
         self._dispatcher.leases -= 1
         self._dispatcher = NOWHERE
-        self._node.unbook(self._meters, self._amounts, self._when)
+        untake(self._route, self._amounts, self._when)
         for account in self.accounts:
             account.settled(self, self._amounts, {})
             account.ended(self, "failed")
@@ -200,9 +195,9 @@ class Lease(OfThisProcess):
         pacer: Pacer = self._node.pacer
         with pacer:
             self._hand_back_locked()
-            if self._line is not None:
-                self._line.credit_flows(self._amounts)
-                self._line = None
+            if self._in_line is not None:
+                self._in_line.line.credit_flows(self._amounts)
+                self._in_line = None
             self._notify_released_locked("failed", {})
             pacer.ring_locked(self._node)
 
@@ -374,10 +369,7 @@ class Lease(OfThisProcess):
         )
 
     async def __aenter__(self) -> Self:
-        if self._entered:
-            raise RuntimeError(_USED)
-        self._entered = True
-        if self._state != HELD:
+        if self._state != HELD:  # it was not awaited before
             if self.accounts:
                 await self._admit()
             elif not self._try_now():
@@ -386,6 +378,8 @@ class Lease(OfThisProcess):
             for level in self._node.path:
                 if level.slots == 1:
                     level.entered = level.admitted, id(asyncio.current_task())
+        if self._state == HELD:
+            self._state = ENTERED
         return self
 
     async def __aexit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
@@ -415,6 +409,16 @@ class Lease(OfThisProcess):
     def cost(self) -> Cost:
         """What was reserved."""
         return Cost.of(self._amounts)
+
+    @property
+    def waited(self) -> float:
+        """Seconds between asking and admission."""
+        return 0.0 if self._in_line is None else self._in_line.waited
+
+    @property
+    def bound_by(self) -> str | None:
+        """What it waited for: ``"requests"``, ``"tokens"``, ``"concurrency"``, ``"paused"``...; None if it did not wait."""
+        return None if self._in_line is None else self._in_line.bound_by
 
     @property
     def released(self) -> bool:
@@ -453,82 +457,38 @@ class Lease(OfThisProcess):
         """Correct the meters to ``used``, and admit calls that fit into what comes back."""
         if self._dispatcher.dispatch is None:
             return  # it was never admitted, or in a parent process, and is counted there
-        node, booked, reported = self._node, self._booked(), self._parts or {}
+        node, ledger = self._node, self._booked()
         pacer: Pacer = node.pacer
-        if "tokens" not in used and not used.keys().isdisjoint(PARTS_OF_TOKENS):
-            used = {
-                **used,
-                "tokens": self._total({**booked, **used}, used.keys() | reported.keys()),
-            }
+        before, used = ledger.amounts(), ledger.with_total(used)
         if pacer.observed:
-            corrects = {name: booked[name] for name in used if name in reported}
+            corrects = {name: before[name] for name in used if name in ledger.parts}
             pacer.notify_locked(node, Settled, reserved=self.cost, used=used, corrects=corrects)
-        deltas = {name: amount - booked.get(name, 0) for name, amount in used.items()}
-        for resource, delta in deltas.items():
-            self._correct(resource, delta)
-        if self._line is not None or self.accounts:
-            now_booked = self._booked()
-            if self._line is not None:
-                self._line.credit_flows(booked, now_booked)
+        now, rings = pacer.clock(), False
+        route = self._route if pacer.place else node.route
+        for name, amount in used.items():
+            delta = amount - before.get(name, 0)
+            if delta < 0:
+                node.count_refund(name, -delta)
+            ledger.correct(name, delta, now, route)
+            # A child in debt lets others go first, too.
+            rings = rings or delta < 0 or (delta > 0 and node.parent is not None)
+        if self._in_line is not None or self.accounts:
+            after = ledger.amounts()
+            if self._in_line is not None:
+                self._in_line.line.credit_flows(before, after)
             for account in self.accounts:
-                account.settled(self, booked, now_booked)
-        if any(delta < 0 or (delta and node.parent is not None) for delta in deltas.values()):
-            pacer.ring_locked(node)  # a child in debt lets others go first, too
+                account.settled(self, before, after)
+        if rings:
+            pacer.ring_locked(node)
 
-    def _total(self, booked: Mapping[str, int], reported: Collection[str]) -> int:
-        """Return input and output tokens together, of which one may not be ``reported`` yet.
+    def _booked(self) -> "Ledger":
+        if self._ledger is None:
+            self._ledger = Ledger(self._amounts, self._when, self._route.meters)
+        return self._ledger
 
-        If the split was unknown, each was reserved as the whole. Then one that is not reported yet
-        adds no more than the other leaves of the whole.
-        """
-        total = sum(booked.get(name, 0) for name in PARTS_OF_TOKENS)
-        if all(name in reported for name in PARTS_OF_TOKENS):
-            return total
-        reserved = self._amounts
-        beyond = sum(
-            max(0, booked.get(name, 0) - reserved.get(name, 0)) for name in PARTS_OF_TOKENS
-        )
-        return min(total, reserved.get("tokens", 0) + beyond)
-
-    def _correct(self, resource: str, delta: int) -> None:
-        """Book ``delta`` units of ``resource`` now.
-
-        If it is negative, give that many back: the latest bookings first, each at its own date.
-        """
-        self._parts = self._parts or {}
-        reserved = (self._amounts.get(resource, 0), self._when, self._meters)
-        parts = self._parts.setdefault(resource, [reserved])
-        if not delta:
-            return
-        node = self._node
-        if delta > 0:
-            now = node.pacer.clock()
-            meters = node.route.meters if node.pacer.place is None else self._meters
-            parts.append((delta, now, meters))
-            if len(parts) > _PARTS:
-                (reserved_units, first, passed), (debt, _, _) = parts[:2]
-                parts[:2] = [(reserved_units + debt, first, passed)]
-            for meter, counts in meters:
-                if counts == resource:
-                    meter.owe(delta, now)
-            return
-        node.count_refund(resource, -delta)
-        while delta < 0:  # the latest first
-            booked, when, meters = parts.pop()
-            left = max(0, booked + delta)
-            if left:
-                parts.append((left, when, meters))
-            for meter, counts in meters:
-                if counts == resource:
-                    meter.unbook(booked - left, when, left=left)
-            delta += booked - left
-
-    def _booked(self) -> dict[str, int]:
-        """Return what is booked: as settled, or else as reserved."""
-        if self._parts is None:
-            return self._amounts
-        settled = {name: sum(units for units, _, _ in parts) for name, parts in self._parts.items()}
-        return {**self._amounts, **settled}
+    def _used(self) -> Amounts:
+        """Return what it has used: as settled, or else as reserved."""
+        return self._amounts if self._ledger is None else self._ledger.amounts()
 
     def _sent(self) -> None:
         """Date the cost to now, because the call leaves only now.
@@ -537,23 +497,11 @@ class Lease(OfThisProcess):
         counts from its arrival. Dating the booking likewise keeps windows true. Two milliseconds
         are not worth it.
         """
-        node = self._node
-        pacer: Pacer = node.pacer
+        pacer: Pacer = self._node.pacer
         with pacer:
             now = pacer.clock()
-            if now - self._when < _REDATE_AFTER:
-                return
-            settled = self._parts or {}
-            for meter, resource in self._meters:
-                reserved = [(self._amounts.get(resource, 0), self._when, self._meters)]
-                for units, when, _ in settled.get(resource, reserved):
-                    if units:
-                        meter.redate(units, when, now)
-            for parts in settled.values():
-                parts[:] = [(sum(units for units, _, _ in parts), now, self._meters)]
-            if self._admitted is None:
-                self._admitted = self._when
-            self._when = now
+            if now - self.began("ok") >= _REDATE_AFTER:
+                self._booked().redate(now)
 
     # --- over ---
 
@@ -563,7 +511,7 @@ class Lease(OfThisProcess):
         pacer: Pacer = node.pacer
         if (
             ATOMIC
-            and self._state == HELD
+            and self._state in OPEN
             and pacer.is_plain
             and not (self.accounts or pacer.waiting or pacer.observed)
         ):
@@ -571,7 +519,7 @@ class Lease(OfThisProcess):
             # wait looks at the slots after having joined the line, or is rung.
             self._state = OVER
             self._dispatcher.leases -= 1
-            for level in node.path:
+            for level in self._route.levels:
                 level.in_flight -= 1
             if pacer.waiting:
                 pacer.do(pacer.ring_locked, node)
@@ -598,7 +546,7 @@ class Lease(OfThisProcess):
 
     def _undo(self) -> None:
         """Give everything back, as if the call had never been: for calls that were not made."""
-        self._settle({name: 0 for name in self._booked() if name != "concurrency"})
+        self._settle({name: 0 for name in self._used() if name != "concurrency"})
         self.failed()
 
     def _give_up_slots_locked(self, path: Collection[Node]) -> None:
@@ -607,12 +555,12 @@ class Lease(OfThisProcess):
         This call does nothing itself meanwhile. If it kept a slot that the other waits for, and all
         slots were held so, they would wait for ever.
         """
-        held = self.levels
-        given_up = [level for level in held if level in path]
-        if self._state not in (HELD, LENT) or self._dispatcher.dispatch is None or not given_up:
+        held = self._route.levels
+        given_up = [level for level in self._node.path if level in path and level in held]
+        if self._state not in OPEN or self._dispatcher.dispatch is None or not given_up:
             return
-        self._state = LENT
-        self._levels = tuple(level for level in held if level not in path)
+        kept = tuple(level for level in held if level not in given_up)
+        self._route = Route(kept, self._route.meters)
         pacer: Pacer = self._node.pacer
         for level in given_up:
             level.in_flight -= 1
@@ -621,11 +569,11 @@ class Lease(OfThisProcess):
         pacer.ring_locked(self._node)
 
     def _end(self, outcome: Outcome) -> None:
-        if self._state in (HELD, LENT):
+        if self._state in OPEN:
             self._node.pacer.do_and_tell(self._end_locked, outcome)
 
     def _end_locked(self, outcome: Outcome) -> None:
-        if self._state not in (HELD, LENT) or self._dispatcher.dispatch is None:
+        if self._state not in OPEN or self._dispatcher.dispatch is None:
             return
         self._state = OVER
         self._dispatcher.leases -= 1
@@ -633,14 +581,14 @@ class Lease(OfThisProcess):
         pacer: Pacer = node.pacer
         for account in self.accounts:
             account.ended(self, outcome)
-        for level in node.path if self._levels is None else self._levels:
+        for level in self._route.levels:
             level.in_flight -= 1
         if pacer.waiting:
             for bound in node.route.bounded:
                 if bound.in_flight + 1 >= bound.slots:  # somebody may wait for this slot
                     pacer.ring_locked(node)
                     break
-        self._notify_released_locked(outcome, self._booked())
+        self._notify_released_locked(outcome, self._used())
 
     def _notify_released_locked(self, outcome: Outcome, used: Mapping[str, int]) -> None:
         node = self._node
@@ -660,22 +608,22 @@ class Lease(OfThisProcess):
     @property
     def reported(self) -> Collection[str]:
         """The resources whose use was settled."""
-        return self._parts or ()
+        return () if self._ledger is None else self._ledger.parts
 
     @property
-    def levels(self) -> tuple[Node, ...]:
+    def levels(self) -> tuple[Slots, ...]:
         """The levels at which it has its slot."""
-        return self._node.path if self._levels is None else self._levels
+        return self._route.levels
 
     def began(self, outcome: Outcome) -> int:
         """Return when the call began (ns): as it was sent, or else as it was admitted."""
-        return self._when if outcome == "ok" or self._admitted is None else self._admitted
+        return self._ledger.when if outcome == "ok" and self._ledger is not None else self._when
 
     def __del__(self) -> None:
         state = self._state
         if state == OVER:
             return
-        if state in (HELD, LENT):  # a finalizer may run anywhere, even inside the lock
+        if state in OPEN:  # a finalizer may run anywhere, even inside the lock
             self._node.pacer.do(self._end_locked, "failed")
         elif state == ASKED:
             _warn_of_first(self._node)
@@ -683,6 +631,77 @@ class Lease(OfThisProcess):
     def __repr__(self) -> str:
         state = ("asked", "waiting", "open", "open", "released")[self._state]
         return f"<Lease {state} {self.cost} waited={self.waited:.3f} s bound_by={self.bound_by}>"
+
+
+class Ledger:
+    """Keep what a call has booked of each resource: as reserved, or as settled since."""
+
+    __slots__ = ("_meters", "_reserved", "parts", "when")
+
+    def __init__(self, reserved: Amounts, when: int, meters: Meters) -> None:
+        self._reserved, self._meters = reserved, meters
+        #: The date of its cost.
+        self.when = when
+        #: For each settled resource, what is booked.
+        self.parts: dict[str, Parts] = {}
+
+    def amounts(self) -> Amounts:
+        """Return what is booked in all."""
+        if not self.parts:
+            return self._reserved
+        settled = {name: sum(units for units, _, _ in parts) for name, parts in self.parts.items()}
+        return {**self._reserved, **settled}
+
+    def with_total(self, used: dict[str, int]) -> dict[str, int]:
+        """Return ``used`` with the tokens that follow from its input and output tokens, unless given.
+
+        If the split was unknown, each was reserved as the whole. Then one that is not reported yet
+        adds no more than the other leaves of the whole.
+        """
+        if "tokens" in used or used.keys().isdisjoint(PARTS_OF_TOKENS):
+            return used
+        reserved, now = self._reserved, {**self.amounts(), **used}
+        total = now.get("input_tokens", 0) + now.get("output_tokens", 0)
+        if not used.keys() | self.parts.keys() >= PARTS_OF_TOKENS:
+            beyond = (max(0, now.get(name, 0) - reserved.get(name, 0)) for name in PARTS_OF_TOKENS)
+            total = min(total, reserved.get("tokens", 0) + sum(beyond))
+        return {**used, "tokens": total}
+
+    def correct(self, resource: str, delta: int, now: int, route: Route) -> None:
+        """Book ``delta`` units more, which later calls on ``route`` wait for.
+
+        If it is negative, give that many back: the latest bookings first, each at its own date.
+        """
+        reserved = self._reserved.get(resource, 0), self.when, self._meters
+        parts = self.parts.setdefault(resource, [reserved])
+        if delta > 0:
+            parts.append((delta, now, route.meters))
+            if len(parts) > _PARTS:
+                (units, when, meters), (debt, _, _) = parts[:2]
+                parts[:2] = [(units + debt, when, meters)]
+            for meter, counts in route.meters:
+                if counts == resource:
+                    meter.owe(delta, now)
+        while delta < 0:
+            units, when, meters = parts.pop()
+            left = max(0, units + delta)
+            if left:
+                parts.append((left, when, meters))
+            for meter, counts in meters:
+                if counts == resource:
+                    meter.unbook(units - left, when, left=left)
+            delta += units - left
+
+    def redate(self, now: int) -> None:
+        """Date everything to ``now``."""
+        for meter, resource in self._meters:
+            reserved = [(self._reserved.get(resource, 0), self.when, self._meters)]
+            for units, when, _ in self.parts.get(resource, reserved):
+                if units:
+                    meter.redate(units, when, now)
+        for parts in self.parts.values():
+            parts[:] = [(sum(units for units, _, _ in parts), now, self._meters)]
+        self.when = now
 
 
 def _warn_of_first(node: Node) -> None:

@@ -647,6 +647,17 @@ def take(route: Route, amounts: Amounts, now: int) -> None:
         level.admitted += 1
 
 
+def untake(route: Route, amounts: Amounts, when: int) -> None:
+    """Undo the booking of a call at ``when``, as if it had never been admitted."""
+    for meter, resource in route.meters:
+        amount = amounts.get(resource)
+        if amount:
+            meter.unbook(amount, when)
+    for level in route.levels:
+        level.in_flight -= 1
+        level.admitted -= 1
+
+
 def leeway(route: Route, amounts: Amounts) -> int:
     """Return how late (ns) a crowd of such calls may be let go without losing anything."""
     pairs = ((meter, amounts.get(resource)) for meter, resource in route.meters)

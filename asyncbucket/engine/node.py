@@ -202,16 +202,6 @@ class Node:
 
     # --- what its calls pass ---
 
-    def unbook(self, meters: Meters, amounts: Amounts, when: int) -> None:
-        """Undo the booking of a call at ``when``, as if it had never been admitted."""
-        for meter, resource in meters:
-            amount = amounts.get(resource)
-            if amount:
-                meter.unbook(amount, when)
-        for node in self.path:
-            node.in_flight -= 1
-            node.admitted -= 1
-
     def earliest(self, amounts: Amounts, now: int) -> tuple[int, str | None]:
         """Return from when on a newcomer could pass, here and above, and what binds."""
         return admit(self.route, amounts, now, now, book=False)

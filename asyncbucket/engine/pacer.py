@@ -46,7 +46,7 @@ from asyncbucket.engine.dispatchers import (
 from asyncbucket.engine.errors import AsyncBucketError, CostExceedsLimit
 from asyncbucket.engine.events import Cancelled, Event
 from asyncbucket.engine.interfaces import Place
-from asyncbucket.engine.meters import NEVER, Amounts, Meters, admit, leeway, take
+from asyncbucket.engine.meters import NEVER, Amounts, Meters, Route, admit, leeway, take, untake
 from asyncbucket.engine.node import Node, shown_name
 from asyncbucket.engine.queue import AnyWaiter, Branch, Line, line_of, wake
 from asyncbucket.engine.terms import read_clocks
@@ -314,7 +314,7 @@ class Pacer:
             return
         if waiter.done() and not waiter.cancelled():
             if waiter.lease is None:
-                node.unbook(node.route.meters, waiter.amounts, waiter.asked)
+                untake(node.route, waiter.amounts, waiter.asked)
             else:
                 waiter.lease._hand_back_locked()  # noqa: SLF001 - no user is to see it
             waiter.line.credit_flows(waiter.amounts)
@@ -562,7 +562,7 @@ class Pacer:
             self.leave_lines(waiter, line)
             self.count_in(waiter, -1)
         else:
-            line.node.unbook(line.node.route.meters, amounts, now)
+            untake(line.node.route, amounts, now)
             return 0
         self.top.charge(line, amounts)
         self.since = line.since = now
@@ -572,7 +572,7 @@ class Pacer:
         return 1
 
     def let_go(
-        self, waiter: AnyWaiter, now: int, bound_by: str | None, meters: Meters | None = None
+        self, waiter: AnyWaiter, now: int, bound_by: str | None, route: Route | None = None
     ) -> bool:
         """Resolve ``waiter`` and make its lease hold; return whether it still waited."""
         try:
@@ -580,7 +580,8 @@ class Pacer:
         except _DONE:  # cancelled since it was asked for, in a signal handler
             return False
         if waiter.lease is not None:
-            waiter.lease._hold_locked(now, waiter, bound_by, meters)  # noqa: SLF001 - as above
+            route = route or waiter.line.node.route
+            waiter.lease._hold_locked(now, waiter, bound_by, route)  # noqa: SLF001 - as above
         else:
             waiter.asked = now  # from now on when it passed
         return True
@@ -608,9 +609,9 @@ class Pacer:
         self, waiter: AnyWaiter, meters: Meters, now: int, bound_by: str | None
     ) -> bool:
         """Let a call go that the store has booked in ``meters``; return whether it still waited."""
-        if not self.let_go(waiter, now, bound_by, meters):  # its task gives back what it took
-            return False
         node = waiter.line.node
+        if not self.let_go(waiter, now, bound_by, Route(node.path, meters)):
+            return False  # its task gives back what it took
         for each in node.path:
             each.admitted += 1
         if bound_by is not None:

@@ -32,7 +32,7 @@ from asyncbucket import Limiter
 from asyncbucket.engine.events import StoreLost
 
 def start_of(lease):  # on the clock that all share; when the call goes is the scheduler's affair
-    return next(m._reservation.booked_at for m, _ in lease._meters if hasattr(m, "_reservation"))
+    return next(m._reservation.booked_at for m, _ in lease._route.meters if hasattr(m, "_reservation"))
 
 async def main():
     limits = "200 requests/2s burst 20", "100k TPM"

@@ -246,7 +246,7 @@ async def test_random_calls_of_tenants_keep_all_limits_through_outages_and_leave
                     asyncio.timeout(wait),
                     limiter.acquire(tenant=tenant, tokens=90) as lease,
                 ):
-                    for meter, resource in lease._meters:
+                    for meter, resource in lease._route.meters:
                         if resource == "requests" and isinstance(meter, BookedMeter):
                             starts = booked.setdefault(meter._place.name, [])
                             starts.append(meter._reservation.booked_at * 1e-9)
