@@ -58,7 +58,7 @@ class Member(Account):
         use = root.in_flight / root.slots
         for window in root.limits.values():
             window.forget(now)
-            use = max(use, window.used / window.limit.units)
+            use = max(use, window.log.used / window.limit.units)
         return use
 
     def state(self, now: int) -> MemberState:

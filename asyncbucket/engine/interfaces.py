@@ -4,7 +4,7 @@ An `Account` is told of a call: a budget, a run of an agent, a pool's member, a 
 has a tuple of accounts, ``lease.accounts``, and for most calls it is empty. Whatever knows a call
 before it asks (a scope around the code that makes it) puts an account there as the lease is made.
 What belongs to the limiter (whatever finds its number of slots, whatever keeps its slots in a store)
-is added when the call passes: ``Route.accounts``. An `Order` arranges a line, a `Sizer` finds the number
+is added when the call passes: ``Node.accounts``. An `Order` arranges a line, a `Sizer` finds the number
 of slots, a `PauseMeter` lets nobody pass for a while, a `Place` keeps a root's limits in a store.
 """
 

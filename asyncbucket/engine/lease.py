@@ -138,7 +138,7 @@ class Lease(OfThisProcess):
             self._when = now
             self._route = route
             self._state = HELD
-            if self.accounts or route.accounts:
+            if self.accounts or node.accounts:
                 self._pass_locked(node, now)
         finally:
             pacer.lock.release()
@@ -155,11 +155,11 @@ class Lease(OfThisProcess):
         self._when, self._route = now, route
         self._state = HELD
         self._in_line = _InLine((now - waiter.asked) * 1e-9, bound_by, line)
-        if self.accounts or line.node.route.accounts:
+        if self.accounts or line.node.accounts:
             self._pass_locked(line.node, now)
 
     def _pass_locked(self, node: Node, now: int) -> None:
-        self.accounts = (*self.accounts, *node.route.accounts)
+        self.accounts = (*self.accounts, *node.accounts)
         for account in self.accounts:
             account.passed(self, now)
 

@@ -25,11 +25,11 @@ the lowest backlog (distance from full) since the booking. The bucket remembers 
 short list, ascending in time and in backlog. If the list gets too long it is halved: each pair
 becomes one entry with the lower low and the later time, so a refund errs on the safe side only.
 
-``Window`` is one limit: a sliding window, and a `Bucket` that paces it if the limit has a burst.
-Bookings are kept by time, and forgotten once the window has passed them. To bound its memory,
-bookings within W/512 of each other are kept as one, dated at the last. Each is kept 3W/512 longer
-than the window, to allow for network jitter: two calls admitted exactly W apart may arrive closer
-together. In total that is at most W/128, on the safe side.
+``Window`` is one limit: a `Log` of what was booked, a `Period` if it resets by the calendar, and a
+`Bucket` that paces it if the limit has a burst. Bookings are kept by time, and forgotten once the
+window has passed them. To bound its memory, bookings within W/512 of each other are kept as one,
+dated at the last. Each is kept 3W/512 longer than the window, to allow for network jitter: two calls
+admitted exactly W apart may arrive closer together. In total that is at most W/128, on the safe side.
 
 A window that resets by the calendar keeps one entry, and the number of the period that is open.
 When a period is opened, the caller's monotonic clock decides when it ends. When that instant comes,
@@ -142,6 +142,11 @@ class Bucket(Meter):
     kept = ("tat", "full_at", "_dates", "_lows", "low", "_earlier_bursts")
 
     def __init__(self, *, rate: float | Fraction, burst: int) -> None:
+        self.burst = burst
+        #: One unit flows in within p / q ns.
+        self.p, self.q = (1_000_000_000 / exact_rate(rate)).as_integer_ratio()
+        #: How far ahead `tat` may lie after any call, and before a call of one unit, in q-ths of ns.
+        self.depth, self.slack = burst * self.p, (burst - 1) * self.p
         #: When the bucket will be (or was) full again, in q-ths of a nanosecond.
         self.tat = 0
         #: The last instant at which a booking found the bucket full, in the same unit.
@@ -152,29 +157,21 @@ class Bucket(Meter):
         #: The lowest backlog found by bookings that bypassed `book` (see `TokenBucket.acquire`); the
         #: next booking made here adds it to the others.
         self.low = NEVER
-        #: One unit flows in within p / q ns.
-        self.p = self.q = 1
-        #: How far ahead `tat` may lie after any call, and before a call of one unit, in q-ths of ns.
-        self.depth = self.slack = 0
-        self.burst = 0
         #: Until when (ns) bookings were made under other bursts, and the least of those.
         self._earlier_bursts = -1, burst
-        self.reshape(rate=rate, burst=burst, now=0)
 
-    def reshape(self, *, rate: float | Fraction, burst: int, now: int) -> None:
-        """Change rate and burst; units that are missing stay missing until they are given back."""
-        p, q, missing = self.p, self.q, max(0, self.tat - now * self.q)
-        self.p, self.q = (1_000_000_000 / exact_rate(rate)).as_integer_ratio()
-        self.depth = burst * self.p
-        self.slack = self.depth - self.p
-        self.tat = now * self.q - -missing * self.p // p
-        self.full_at = self.full_at * self.q // q
-        if self._dates:
-            self._dates = [date * self.q // q for date in self._dates]
-            self._lows = [low * self.p // p for low in self._lows]
-        if self.burst not in {0, burst}:
-            self._earlier_bursts = now, min(self.burst, self._earlier_bursts[1])
-        self.burst = burst
+    def reshaped(self, *, rate: float | Fraction, burst: int, now: int) -> "Bucket":
+        """Return one of another rate and burst; units that are missing stay missing until they are given back."""
+        new = Bucket(rate=rate, burst=burst)
+        missing = max(0, self.tat - now * self.q)
+        new.tat = now * new.q - -missing * new.p // self.p
+        new.full_at = self.full_at * new.q // self.q
+        new._dates = [date * new.q // self.q for date in self._dates]
+        new._lows = [low * new.p // self.p for low in self._lows]
+        new._earlier_bursts = self._earlier_bursts
+        if burst != self.burst:
+            new._earlier_bursts = now, min(self.burst, self._earlier_bursts[1])
+        return new
 
     def earliest(self, amount: int, since: int, *, back: int = 0) -> int:
         """See `Meter.earliest`."""
@@ -278,10 +275,132 @@ def exact_rate(rate: float | Fraction) -> Fraction:
     return simple if float(simple) == float(rate) else exact
 
 
+class Log:
+    """Keep what was booked within a window, by time."""
+
+    kept = ("_dates", "_units", "last", "closes", "used", "forgotten")
+
+    def __init__(self, window: int, began: int) -> None:
+        self.grain = max(1, window // _GRAINS)
+        self.hold = window + _JITTER * window // _GRAINS
+        #: Units booked within the window, debts included.
+        self.used = 0
+        # Entries that take no more bookings, oldest first: the date of the last booking in each,
+        # and its units; and the sum of those.
+        self._dates: list[int] = _NOTHING
+        self._units: list[int] = _NOTHING
+        self._closed = 0
+        #: The newest entry: its date; and until when it takes more bookings, 0 if there is none.
+        self.last = self.closes = 0
+        #: The date of the last entry that was forgotten.
+        self.forgotten = began
+
+    def open(self, when: int) -> None:
+        """Close the newest entry, and begin another."""
+        if self.closes:
+            self._dates = self._dates or []
+            self._units = self._units or []
+            self._dates.append(self.last)
+            self._units.append(self.used - self._closed)
+            self._closed = self.used
+        self.closes = when + self.grain
+
+    def back_at(self, units: int) -> int:
+        """Return when so many units will have come back; `NEVER` if they have to be given back."""
+        for date, booked in zip(self._dates, self._units, strict=True):
+            units -= booked
+            if units <= 0:
+                return date + self.hold
+        return self.last + self.hold if units <= self.used - self._closed else NEVER
+
+    def unbook(self, amount: int, when: int) -> None:
+        """Give back what was booked at ``when``; what is forgotten needs no giving back."""
+        if when <= self.forgotten or when > self.last:
+            return
+        index = bisect.bisect_left(self._dates, when)
+        if index < len(self._dates):
+            back = min(amount, self._units[index])
+            self._units[index] -= back
+            self._closed -= back
+        else:
+            back = min(amount, self.used - self._closed)
+        self.used -= back
+
+    def insert(self, amount: int, when: int) -> None:
+        """Book ``amount`` in the past."""
+        index = bisect.bisect_left(self._dates, when)
+        following = self._dates[index] if index < len(self._dates) else self.last
+        if when <= self.forgotten or following - when <= _JITTER * self.grain:
+            self.unbook(-amount, when)
+            return
+        self._dates, self._units = self._dates or [], self._units or []
+        self._dates.insert(index, when)
+        self._units.insert(index, amount)
+        self.used, self._closed = self.used + amount, self._closed + amount
+
+    def entries(self) -> list[tuple[int, int]]:
+        """Return what is booked: (date, units), oldest first."""
+        return [*zip(self._dates, self._units, strict=True), (self.last, self.used - self._closed)]
+
+    def forget(self, now: int) -> bool:
+        """Drop the entries that no window reaching to ``now`` contains; return whether the newest went, too."""
+        horizon = now - self.hold
+        gone = bisect.bisect_right(self._dates, horizon)
+        if gone:
+            self.forgotten = self._dates[gone - 1]
+            units = sum(self._units[:gone])
+            self.used -= units
+            self._closed -= units
+            del self._dates[:gone], self._units[:gone]
+        if not self.closes or self.last > horizon:
+            return False
+        self.forgotten, self.used, self.closes = self.last, self._closed, 0
+        return True
+
+    def merge(self, until: int) -> None:
+        """Keep all as one entry, booked last, which takes bookings ``until`` then."""
+        self._dates, self._units, self._closed, self.closes = _NOTHING, _NOTHING, 0, until
+
+    def restart(self, used: int, when: int) -> None:
+        """Keep only ``used`` units, which nobody gives back, from ``when`` on."""
+        self.used, self.forgotten = used, when - 1
+
+    def state(self) -> list[Any]:
+        """See `Meter.state`."""
+        return [getattr(self, name) for name in self.kept]
+
+    def restore(self, state: list[Any]) -> None:
+        """See `Meter.restore`."""
+        for name, value in zip(self.kept, state, strict=True):
+            setattr(self, name, value)
+        self._closed = sum(self._units)
+
+
+class Period:
+    """Know which period of the calendar is open: see above."""
+
+    def __init__(self, calendar: Calendar, wall: Callable[[int], int]) -> None:
+        self.calendar, self._wall = calendar, wall
+        #: The number of the period that was opened; `NEVER` before the first.
+        self.opened = NEVER
+
+    def advance(self, when: int) -> tuple[int, int]:
+        """Open the period that the wall clock shows; return by how many it is later, and when it ends."""
+        wall = self._wall(when)
+        number = self.calendar.number(wall)
+        later = 0 if self.opened == NEVER else number - self.opened
+        self.opened = number
+        return later, when + self.calendar.start(number + 1) - wall
+
+    def resets_at(self, end: int, times: int) -> int:
+        """Return when it will have reset so many times, by the wall clock as it is now; it ends at ``end``."""
+        then = self._wall(end)
+        number = min(self.calendar.number(then), self.opened)
+        return end + max(0, self.calendar.start(number + times) - then)
+
+
 class Window(Meter):
     """Keep one limit: at most ``amount`` units in every window, and its pace if it has a burst."""
-
-    kept = ("_dates", "_units", "_last", "_closes", "used", "_largest", "_forgotten", "_opened")
 
     def __init__(self, limit: Limit, *, began: int = -1, wall: Callable[[int], int] = int) -> None:
         """Keep ``limit``; calls booked up to ``began`` give nothing back.
@@ -289,90 +408,77 @@ class Window(Meter):
         ``wall`` returns what the wall clock (ns since 1970) shows at an instant, as far as it is
         known now; by default the instants are the wall clock's own. Only limits that reset ask it.
         """
-        self.window = limit.window
         #: Whether a call above the limit can never pass. A limit that a provider announced only
         #: holds such a call back, until it goes out alone, and its reply corrects the limit.
         self.refuses = True
-        #: Units booked within the window, debts included.
-        self.used = 0
-        #: At least the most that one call has booked of them.
+        self.log = Log(limit.window, began)
+        #: At least the most that one call has booked of it.
         self._largest = 0
-        self.grain = max(1, self.window // _GRAINS)
-        self.hold = self.window + _JITTER * self.window // _GRAINS
-        # Entries that take no more bookings, oldest first: the date of the last booking in each,
-        # and its units; and the sum of those.
-        self._dates: list[int] = _NOTHING
-        self._units: list[int] = _NOTHING
-        self._closed = 0
-        #: The newest entry: its date; and until when it takes more bookings, 0 if there is none.
-        self._last = 0
-        #: The date of the last entry that was forgotten.
-        self._forgotten = began
-        #: What says when it resets, if it does; and the number of the period that was opened.
-        self._calendar: Calendar | None = None
-        self._opened = NEVER
+        self._period: Period | None = None
         self._wall = wall
         #: See `Meter`. It is worked out as an entry opens, and falls with each booking.
         self.free = 0
         #: What paces it, if the limit has a burst.
         self.pace: Bucket | None = None
         self.reshape(limit, began + 1)
-        self._closes = 0
+        self.log.closes = 0
 
     def reshape(self, limit: Limit, now: int) -> None:
         """Change the amount, the burst and when it resets; what was booked stays booked."""
         #: What was used beyond this is a debt that outlasts a reset: see `Node.set_limits`.
         self.limit, self.amount, self.allowed = limit, limit.units, limit.units
         self.free = 0
-        if limit.calendar != self._calendar:  # all counts as booked last
-            self._calendar, self._opened = limit.calendar, NEVER
-            self._dates, self._units, self._closed = _NOTHING, _NOTHING, 0
-            self._closes = now
-        rate, burst = self._rate, limit.units if limit.burst_units is None else limit.burst_units
-        may_owe = limit.calendar is None and self.pace is not None
+        calendar = limit.calendar
+        if calendar != (None if self._period is None else self._period.calendar):
+            self._period = None if calendar is None else Period(calendar, self._wall)
+            self.log.merge(now)
+        burst = limit.units if limit.burst_units is None else limit.burst_units
+        may_owe = calendar is None and self.pace is not None
         if burst == limit.units and not may_owe:
             self.pace = None
         elif self.pace is None:
-            self.pace = Bucket(rate=rate, burst=burst)
+            self.pace = Bucket(rate=self._rate, burst=burst)
             self.pace.full_at = now * self.pace.q  # what was booked before gives nothing back
         else:
-            self.pace.reshape(rate=rate, burst=burst, now=now)
+            self.pace = self.pace.reshaped(rate=self._rate, burst=burst, now=now)
 
     def give_way(self) -> None:
         """Only count from now on: another meter knows how the limit is really counted."""
         self.amount = NEVER
         self.pace = None
 
+    @property
+    def used(self) -> int:
+        """Units booked within the window, debts included."""
+        return self.log.used
+
     def earliest(self, amount: int, since: int, *, back: int = 0) -> int:
         """See `Meter.earliest`."""
-        pace = self.pace
-        if self.used + amount <= self.amount and not back:  # the usual case, in two steps
+        pace, log = self.pace, self.log
+        if log.used + amount <= self.amount and not back:  # the usual case, in two steps
             return since if pace is None else pace.earliest(amount, since)
         if amount > self.amount and not self.refuses:
             amount = self.amount
         due = since if pace is None else pace.earliest(amount, since, back=back)
-        over = self.used - back + amount - self.amount
+        over = log.used - back + amount - self.amount
         if over <= 0:
             return due
-        if self._calendar is not None:
-            if amount > self.amount:
-                return NEVER
-            return max(due, self._resets_at(self._calendar, 1 if over <= self.allowed else 2))
-        for date, units in zip(self._dates, self._units, strict=True):
-            over -= units
-            if over <= 0:
-                return max(due, date + self.hold)
-        return max(due, self._last + self.hold) if over <= self.used - self._closed else NEVER
+        if self._period is None:
+            return max(due, log.back_at(over))
+        if amount > self.amount:
+            return NEVER
+        return max(due, self._period.resets_at(log.closes, 1 if over <= self.allowed else 2))
 
     def book(self, amount: int, when: int) -> None:
         """See `Meter.book`."""
         if self.pace is not None:
             self.pace.book(amount, when)
-        if when >= self._closes:  # as `_book`, without the call: this is the hottest path
+        log = self.log
+        if when >= log.closes:  # as `_book`, without the call: this is the hottest path
             self._open(when)
-        self.used += amount
+        log.used += amount
+        log.last = when
         self.free -= amount
-        self._last = when
         if amount > self._largest:  # noqa: PLR1730 - `max` would be a call
             self._largest = amount
 
@@ -386,7 +492,7 @@ class Window(Meter):
             self.pace.owe(amount, when)
         self._book(amount, when)
         self._largest += amount  # a call may have booked so much before
-        if self.pace is None and self.used > self.amount and self._calendar is None:
+        if self.pace is None and self.log.used > self.amount and self._period is None:
             self._repay(amount, when)
 
     def _repay(self, amount: int, when: int) -> None:
@@ -395,9 +501,9 @@ class Window(Meter):
         Without a debt it would never bind: what keeps the window, keeps it, too.
         """
         self.forget(when)
-        spared = max(0, self.used - amount - self.amount)  # booked while the limit was higher
+        spared = max(0, self.log.used - amount - self.amount)  # booked while the limit was higher
         self.pace, self.free = Bucket(rate=self._rate, burst=self.amount), 0
-        entries = self.entries()
+        entries = self.log.entries()
         self.pace.tat = entries[0][0] * self.pace.q  # no time before has earned anything
         for date, units in entries:
             self.pace.owe(max(0, units - spared), date)
@@ -406,7 +512,7 @@ class Window(Meter):
     @property
     def _rate(self) -> Fraction:
         """Units a second."""
-        return Fraction(self.amount * 1_000_000_000, self.window)
+        return Fraction(self.amount * 1_000_000_000, self.limit.window)
 
     def fill(self, amount: int, when: int, now: int) -> None:
         """Owe what was taken at ``when``, as far as it fits; the pace owes it from ``now`` on."""
@@ -415,30 +521,23 @@ class Window(Meter):
         amount = min(amount, self._left(now))
         if amount <= 0:
             return
-        index = bisect.bisect_left(self._dates, when)
-        following = self._dates[index] if index < len(self._dates) else self._last
-        if self._calendar is not None or when > self._last:
-            self._book(amount, max(when, self._last))
-        elif when > self._forgotten and following - when > _JITTER * self.grain:
-            self._dates, self._units = self._dates or [], self._units or []
-            self._dates.insert(index, when)
-            self._units.insert(index, amount)
-            self.used, self._closed = self.used + amount, self._closed + amount
+        if self._period is not None or when > self.log.last:
+            self._book(amount, max(when, self.log.last))
         else:
-            self._unbook(-amount, when)
+            self.log.insert(amount, when)
         self._largest += amount
 
     def unbook(self, amount: int, when: int, *, left: int = 0) -> None:
-        """See `Meter.unbook`; what the window has forgotten needs no giving back."""
+        """See `Meter.unbook`."""
         if self.pace is not None:
             self.pace.unbook(amount, when, left=left)
-        self._unbook(amount, when)
+        self.log.unbook(amount, when)
 
     def redate(self, amount: int, when: int, now: int) -> None:
         """See `Meter.redate`."""
         if self.pace is not None:
             self.pace.redate(amount, when, now)
-        self._unbook(amount, when)
+        self.log.unbook(amount, when)
         self._book(amount, now)
 
     def available(self, now: int) -> int:
@@ -446,120 +545,79 @@ class Window(Meter):
         left = self._left(now)
         return left if self.pace is None else min(left, self.pace.available(now))
 
-    def _resets_at(self, calendar: "Calendar", times: int) -> int:
-        """Return when it will have reset so many times, by the wall clock as it is now."""
-        then = self._wall(self._closes)
-        number = min(calendar.number(then), self._opened)
-        return self._closes + max(0, calendar.start(number + times) - then)
-
     def state(self) -> list[Any]:
         """See `Meter.state`."""
-        return [super().state(), None if self.pace is None else self.pace.state()]
+        opened = None if self._period is None else self._period.opened
+        pace = None if self.pace is None else self.pace.state()
+        return [self._largest, self.log.state(), opened, pace]
 
     def restore(self, state: list[Any]) -> None:
         """See `Meter.restore`."""
-        own, pace = state
-        super().restore(own)
+        self._largest, log, opened, pace = state
         self.free = 0
-        self._closed = sum(self._units)
+        self.log.restore(log)
+        if self._period is not None:
+            self._period.opened = opened
         if pace is not None:
             self.pace = self.pace or Bucket(rate=self._rate, burst=self.amount)
             self.pace.restore(pace)
 
     def lent(self, calls: int) -> int:
         """Return at least what ``calls`` open calls may still give back."""
-        held, pace = self.used, self.pace
+        held, pace = self.log.used, self.pace
         if pace is not None:  # a debt to it may outlast the window
-            held = max(held, -((self._last * pace.q - pace.tat) // pace.p))
+            held = max(held, -((self.log.last * pace.q - pace.tat) // pace.p))
         return min(held, calls * self._largest)
 
     @property
     def was_used(self) -> bool:
         """Whether anything was ever booked."""
-        return bool(self.used or self._last or self._forgotten >= 0)
+        log = self.log
+        return bool(log.used or log.last or log.forgotten >= 0)
 
     def is_as_new(self, now: int) -> bool:
         """Tell whether a limit made anew would allow no more."""
-        return self._left(now) == self.amount and (
-            self.pace is None or self.pace.tat <= now * self.pace.q
-        )
+        return self._left(now) == self.amount and self._is_paid(now)
 
-    def entries(self) -> list[tuple[int, int]]:
-        """Return what is booked: (date, units), oldest first."""
-        newest = (self._last, self.used - self._closed)
-        return [*zip(self._dates, self._units, strict=True), newest]
+    def _is_paid(self, now: int) -> bool:
+        return self.pace is None or self.pace.tat <= now * self.pace.q
 
     def _book(self, amount: int, when: int) -> None:
-        if when >= self._closes:
+        if when >= self.log.closes:
             self._open(when)
-        self.used += amount
+        self.log.used += amount
+        self.log.last = when
         self.free -= amount
-        self._last = when
-
-    def _unbook(self, amount: int, when: int) -> None:
-        if when <= self._forgotten or when > self._last:
-            return
-        index = bisect.bisect_left(self._dates, when)
-        if index < len(self._dates):
-            back = min(amount, self._units[index])
-            self._units[index] -= back
-            self._closed -= back
-        else:
-            back = min(amount, self.used - self._closed)
-        self.used -= back
 
     def _left(self, now: int) -> int:
         self.forget(now)
-        return self.amount - self.used
+        return self.amount - self.log.used
 
     def _open(self, when: int) -> None:
-        """Close the newest entry, and begin another."""
+        """Have another entry, or period, take what is booked from now on."""
         self.free = self.available(when)
-        if self._calendar is not None:
-            return
-        if self._closes:
-            self._dates = self._dates or []
-            self._units = self._units or []
-            self._dates.append(self._last)
-            self._units.append(self.used - self._closed)
-            self._closed = self.used
-        self._closes = when + self.grain
+        if self._period is None:
+            self.log.open(when)
 
     def forget(self, now: int) -> None:
-        """Drop the entries that no window reaching to ``now`` contains; open the calendar's next period."""
-        if self._calendar is not None:
-            # Period by period, so that it does not depend on who asked in between.
-            while now >= self._closes:
-                self._reset(self._calendar, now if self._opened == NEVER else self._closes)
-            return
-        horizon = now - self.hold
-        gone = bisect.bisect_right(self._dates, horizon)
-        if gone:
-            self._forgotten = self._dates[gone - 1]
-            units = sum(self._units[:gone])
-            self.used -= units
-            self._closed -= units
-            del self._dates[:gone], self._units[:gone]
-        if self._closes and self._last <= horizon:
-            self._forgotten = self._last
-            self.used = self._closed
-            self._closes = 0
-            if self.pace is None or self.pace.tat <= now * self.pace.q:
-                self._largest = 0
-                if self.pace is not None and self.pace.burst == self.amount:  # all is paid
-                    self.pace = None
+        """Drop what no window reaching to ``now`` contains; open the calendar's next period."""
+        if self._period is not None:
+            while now >= self.log.closes:
+                self._reset(self._period, now)
+        elif self.log.forget(now) and self._is_paid(now):
+            self._largest = 0
+            if self.pace is not None and self.pace.burst == self.amount:  # all is paid
+                self.pace = None
 
-    def _reset(self, calendar: Calendar, when: int) -> None:
+    def _reset(self, period: Period, now: int) -> None:
         """Open the period that the wall clock shows, unless it is one that was opened before."""
-        wall = self._wall(when)
-        number = calendar.number(wall)
-        if number > self._opened:
-            owed = min(max(0, self.used - self.allowed), self.amount)
-            self.used = owed if number == self._opened + 1 else 0
-            self.allowed = self.amount
-            self._forgotten, self._largest = when - 1, 0
-        self._opened = number
-        self._closes = when + calendar.start(number + 1) - wall
+        # One after the other, so that it does not depend on who asked in between.
+        when = now if period.opened == NEVER else self.log.closes
+        later, self.log.closes = period.advance(when)
+        if later > 0:
+            owed = min(max(0, self.log.used - self.allowed), self.amount)
+            self.log.restart(owed if later == 1 else 0, when)
+            self.allowed, self._largest = self.amount, 0
 
 
 class Slots(Protocol):
@@ -574,7 +632,7 @@ class Slots(Protocol):
 class Route:
     """What a call passes: every meter, and a slot at every level; worked out once for all its calls."""
 
-    __slots__ = ("accounts", "bounded", "calendars", "levels", "meters", "most", "seconds")
+    __slots__ = ("bounded", "calendars", "levels", "meters", "most", "seconds")
 
     def __init__(
         self,
@@ -582,7 +640,6 @@ class Route:
         meters: Meters,
         *,
         bounded: "tuple[Slots, ...]" = (),
-        accounts: tuple[Any, ...] = (),
         most: Mapping[str, int] | None = None,
         seconds: Mapping[str, float] | None = None,
     ) -> None:
@@ -591,8 +648,6 @@ class Route:
         self.meters = meters
         #: Those that have to look at the wall clock before they are asked.
         self.calendars = tuple(m for m, _ in meters if isinstance(m, Window) and m.limit.calendar)
-        #: What is told of each call that passes, whoever makes it: `asyncbucket.engine.interfaces.Account`.
-        self.accounts = accounts
         #: The most that one call may cost of each resource; and how many seconds one unit takes of the
         #: fastest limit.
         self.most, self.seconds = most or {}, seconds or {}

@@ -133,21 +133,32 @@ class Node:
     @cached_property
     def route(self) -> Route:
         """What a call passes in all, from here up to the root."""
-        bystander = self.path[-1].bystander
-        if bystander is not None:
-            return Route(self.path, (), accounts=(bystander,))
-        above, place = None if self.parent is None else self.parent.route, self.place
-        here: Any = self.own.levels
-        told = (*(_Sized(node) for node in here if node.sizer is not None), *self.told)
-        is_limited = any(node.limits for node in here)
+        if self.path[-1].bystander is not None:
+            return Route(self.path, ())
+        above = None if self.parent is None else self.parent.route
+        is_limited = any(node.limits for node in self._here)
         return Route(
             self.path,
             (*self.own.meters, *(above.meters if above else ())),
             bounded=(*self.own.bounded, *(above.bounded if above else ())),
-            accounts=(*told, *((place,) if place else ()), *(above.accounts if above else ())),
             most=above.most if above and not is_limited else self._most(),
             seconds=above.seconds if above and not is_limited else self._seconds(),
         )
+
+    @cached_property
+    def accounts(self) -> tuple[Account, ...]:
+        """What is told of each call that passes here, whoever makes it."""
+        bystander = self.path[-1].bystander
+        if bystander is not None:
+            return (bystander,)
+        sizers = (_Sized(node) for node in self._here if node.sizer is not None)
+        above = () if self.parent is None else self.parent.accounts
+        return (*sizers, *self.told, *((self.place,) if self.place else ()), *above)
+
+    @property
+    def _here(self) -> "tuple[Node, ...]":
+        """This node, and what it has in common with others."""
+        return (self,) if self.common is None else (self, self.common)
 
     def _most(self) -> dict[str, int]:
         most: dict[str, int] = {}
@@ -174,11 +185,12 @@ class Node:
 
     def forget(self) -> None:
         """Work everything out again when next asked, here and below, because meters have changed."""
-        for name in ("own", "least"):
+        known = vars(self).keys() & {"route", "accounts"}
+        for name in ("own", "least", *known):
             vars(self).pop(name, None)
         for way in self.ways:
             way.forget()
-        if vars(self).pop("route", None) is None and not self.ways:  # so nothing below either
+        if not known and not self.ways:  # so nothing below either
             return
         for child in self.children or ():
             child.forget()

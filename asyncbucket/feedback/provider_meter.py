@@ -95,7 +95,7 @@ class ProviderMeter(Meter):
     def of(cls, window: Window) -> Self:
         """Return one of the limit that ``window`` keeps, with what was booked there."""
         meter = cls(window.limit)
-        for date, units in window.entries():
+        for date, units in window.log.entries():
             if units:
                 meter.book(units, date)
         return meter

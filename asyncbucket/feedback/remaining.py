@@ -90,7 +90,7 @@ class Remaining:
             self._ours.reshape(replace(self._ours.limit, amount=amount, burst=amount), now)
             self._level, self._missing = None, 0
         proven, before = self._proof.size, now if self._level is None else self._last_report
-        booked_since = sum(units for date, units in self._ours.entries() if date > since)
+        booked_since = sum(units for date, units in self._ours.log.entries() if date > since)
         back = -(-self.amount * max(0, now - since) // self.window)
         low, high = left - booked_since, min(left + rounding + back, proven or left + self.amount)
         expected = self._expected_level(now)

@@ -580,7 +580,7 @@ class StorePlace(Place):
     def span(self, reservation: Reservation) -> int:
         """Return the shortest window in which a booking counts."""
         windows = self._node.limits.values() if reservation.booked_at else ()
-        return min((window.window for window in windows), default=NEVER)
+        return min((window.limit.window for window in windows), default=NEVER)
 
     def move(self, reservation: Reservation, now: int) -> Reservation:
         """Return the booking of a call that starts later than it was booked for, moved to now."""

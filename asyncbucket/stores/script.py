@@ -150,8 +150,8 @@ def _meter_config(limit: Limit) -> dict[str, Any]:
         "key": _key_of(limit),
         "resource": limit.resource,
         "amount": limit.units,
-        "grain": -(-window.grain // GRAIN),
-        "hold": -(-window.hold // GRAIN),
+        "grain": -(-window.log.grain // GRAIN),
+        "hold": -(-window.log.hold // GRAIN),
     }
     if limit.resets is not None:
         meter |= {"resets": limit.resets, "hold": 3 * limit.window // GRAIN}

@@ -55,7 +55,7 @@ _NAP: Final = (0.0002, 0.002)
 #: Marks the file as ours: "abkt".
 _APPLICATION: Final = 0x61626B74
 #: The version of the tables, and of what a state means.
-SCHEMA: Final = 6
+SCHEMA: Final = 7
 _TABLES: Final = (
     """CREATE TABLE limiters (
         name TEXT PRIMARY KEY, until INTEGER NOT NULL, state TEXT NOT NULL

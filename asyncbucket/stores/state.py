@@ -215,7 +215,7 @@ class State:
         last = max(now, self.last_start)
         for window in self.windows.values():
             debt = 0 if window.pace is None else window.pace.tat // window.pace.q
-            ends += [last + 3 * window.window, debt]  # by the calendar, debts of a month
+            ends += [last + 3 * window.limit.window, debt]  # by the calendar, debts of a month
         return min(max(ends), _FOREVER)
 
     def to_text(self) -> str:

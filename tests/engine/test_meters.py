@@ -227,7 +227,7 @@ def test_bucket_has_what_is_left_after(done: str) -> None:
         now = round(second * SECOND)
         latest = max(latest, now)
         if verb == "shape":
-            bucket.reshape(rate=what[0], burst=what[1], now=now)
+            bucket = bucket.reshaped(rate=what[0], burst=what[1], now=now)
         elif verb == "book":
             bucket.book(what, now)
         elif verb == "owe":
@@ -244,7 +244,7 @@ def test_call_above_burst_gives_back_no_more_than_it_took(bursts: list[int]) -> 
     when = bucket.earliest(20, 0)
     bucket.book(20, when)
     for burst in bursts:
-        bucket.reshape(rate=5, burst=burst, now=when)
+        bucket = bucket.reshaped(rate=5, burst=burst, now=when)
     before = bucket.available(when)
     assert before == bursts[-1] - 7
     bucket.unbook(13, when, left=7)
@@ -286,7 +286,7 @@ def test_window_keeps_its_limit_and_counts_exactly_what_it_holds(
     much at most; but a debt above the limit is paid in full, by a pace. What it says is lent to open calls is never less than they can still give back.
     """
     window = window_of(limit, per)
-    span = window.window
+    span = window.limit.window
     history: list[Booking] = []
     now = 0
     for verb, delay, amount, pick in moves:
@@ -381,4 +381,4 @@ def test_window_is_filled_no_further_than_it_holds() -> None:
     assert window.used == 10
     window.fill(50, 30 * SECOND, 30 * SECOND)
     assert (window.used, window.available(30 * SECOND)) == (10, 0)
-    assert window.earliest(3, 30 * SECOND) == 10 * SECOND + window.hold
+    assert window.earliest(3, 30 * SECOND) == 10 * SECOND + window.log.hold
