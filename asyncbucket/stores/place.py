@@ -40,9 +40,9 @@ from asyncbucket.engine.report import too_late_locked
 from asyncbucket.engine.statistics import LimitUse
 from asyncbucket.engine.terms import OnOutage
 from asyncbucket.stores import open_store
+from asyncbucket.stores.loop import SessionLoop
 from asyncbucket.stores.session import Reservation, Session
 from asyncbucket.stores.store import SLOT, Batch, Correction, LimitConfig, Receipt, Store
-from asyncbucket.stores.thread import StoreThread
 
 # It touches the private parts of leases, and of the places above and below.
 # ruff: noqa: SLF001
@@ -320,7 +320,7 @@ class StorePlace(Place):
             for place in (*self._below, self):
                 place.fail_all(StoreError(_CLOSED))
                 session = place._session
-                if session is not None and (self.owns_store or session.loop.is_running()):
+                if session is not None and (self.owns_store or session.home.loop.is_running()):
                     closing.append(concurrent.futures.Future())
                     session.close(closing[-1])
         for each in closing:
@@ -347,10 +347,6 @@ class StorePlace(Place):
         """Tell observers; without the lock."""
         with self.lock():
             self._pacer.notify_locked(self._node, event_type, **fields)
-
-    def join_thread(self) -> StoreThread:
-        """Return what serves the stores of this process at the same URL."""
-        return StoreThread.join(self._given)
 
     def make_store(self) -> Store:
         """Return the store, not connected yet."""
@@ -630,13 +626,18 @@ class StorePlace(Place):
     def _rejoin(self) -> Session | None:
         """Return the session, opened again if it is a tenant's, who has something to say after a while."""
         above = None if self.root is None else self.root._session
-        return self._session if above is None else self._open_session(above.loop)
+        return self._session if above is None else self._open_session(above.home.loop)
 
     def _open_session(self, loop: asyncio.AbstractEventLoop | None) -> Session:
         """Return the session; if there is none, open it, on ``loop`` if the store is the user's."""
-        if self._session is not None and self._session.loop.is_closed():
+        if self._session is not None and self._session.home.loop.is_closed():
             self._session = None
             self._discard()
         if self._session is None:
-            self._session = Session(self, None if self.owns_store else loop)
+            home = (
+                SessionLoop.join(self._given)
+                if loop is None or self.owns_store
+                else SessionLoop(loop)
+            )
+            self._session = Session(self, home)
         return self._session

@@ -9,14 +9,13 @@ A batch is also the worker's sign of life: if there is nothing to say, an empty 
 the store is gone, calls pass as `asyncbucket.stores.outage` allows.
 
 A session serves all loops and threads of a process. It lives on a loop that the sessions of all
-limiters share (`asyncbucket.stores.thread`); only a store that was made by the user has it on the
+limiters share (`asyncbucket.stores.loop`); only a store that was made by the user has it on the
 user's loop. When the limiter is closed it ends as soon as no call waits or holds a slot. A tenant's
 ends when it has had nothing to do for a second.
 """
 
 import asyncio
 import contextlib
-import contextvars
 import logging
 import weakref
 from collections.abc import Coroutine, Sequence
@@ -39,8 +38,8 @@ from asyncbucket.stores.store import (
 if TYPE_CHECKING:
     import concurrent.futures
 
+    from asyncbucket.stores.loop import SessionLoop
     from asyncbucket.stores.place import StorePlace
-    from asyncbucket.stores.thread import StoreThread
 
 #: For how long (ns) to gather what comes back: while this worker's line waits for something else, for all
 #: that is known while nobody waits for it, and while somebody waits.
@@ -79,8 +78,8 @@ class Reservation:
 class Session:
     """Serve the calls of one process; with the limiter's lock held unless said otherwise."""
 
-    def __init__(self, place: "StorePlace", loop: asyncio.AbstractEventLoop | None) -> None:
-        """Begin, on ``loop`` or on one of its own."""
+    def __init__(self, place: "StorePlace", home: "SessionLoop") -> None:
+        """Begin, on the loop of ``home``."""
         #: A limiter that nobody has any more ends its session.
         self._place: StorePlace = weakref.proxy(place, lambda _: self.ring())
         self._outbox = place.outbox
@@ -102,10 +101,8 @@ class Session:
         self._bell = asyncio.Event()
         #: Loops that have been asked to let calls go, and since when they have not come to do so.
         self._asked: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
-        #: When each loop was seen last.
-        self._seen: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
-        #: Whether another thread has rung, which costs a system call.
-        self._is_rung = False
+        #: Since when the next batch has waited for loops to show that they run; 0 if it does not.
+        self._awaits_since = 0
         self._timer: asyncio.TimerHandle | None = None
         #: What awaits the store's call, and what tries to reach a store that is gone.
         self._listener: asyncio.Task[None] | None = None
@@ -116,17 +113,11 @@ class Session:
         self._ledger: Ledger | None = None
         self.health = StoreHealth(self._place, LimitConfig())
         self._task: asyncio.Task[None] | None = None
-        #: What it shares with the sessions of other limiters; a user's store has none.
-        self._thread: StoreThread | None = None
-        if loop is None:
-            self._thread = place.join_thread()
-            loop = self._thread.loop
-        self.loop = loop
-        # In an empty context: it serves everyone, not the call that happened to come first.
-        self.loop.call_soon_threadsafe(self._start, context=contextvars.Context())
+        self.home = home
+        home.errands.add(self._start)
 
     def _start(self) -> None:
-        self._task = self.loop.create_task(self._run(), name="asyncbucket store session")
+        self._task = asyncio.create_task(self._run(), name="asyncbucket store session")
 
     # --- what the limiter asks, from any thread ---
 
@@ -134,7 +125,7 @@ class Session:
         """Serve ``waiter``, which stands at the store now."""
         self._is_closing = self._is_closing and self._place.has_failed(waiter)
         if waiter.dispatcher.loop is not None:
-            self._seen[waiter.dispatcher.loop] = self._clock()
+            self.home.seen[waiter.dispatcher.loop] = self._clock()
         self.ring()
 
     def ask_again(self) -> None:
@@ -166,12 +157,10 @@ class Session:
 
     def ring(self) -> None:
         """Make the session look, from any thread, with or without the lock."""
-        if asyncio._get_running_loop() is self.loop:  # noqa: SLF001 - None in a plain thread
+        if asyncio._get_running_loop() is self.home.loop:  # noqa: SLF001 - None in a plain thread
             self._bell.set()
-        elif not self._is_rung:
-            self._is_rung = True
-            with contextlib.suppress(RuntimeError):  # the loop has ended
-                self.loop.call_soon_threadsafe(self._bell.set)
+        elif not self._bell.is_set():
+            self.home.errands.add(self._bell.set)
 
     def close(self, told: "concurrent.futures.Future[None]") -> None:
         """End when no call waits or holds a slot; ``told`` is set once no call waits and the store knows all."""
@@ -200,8 +189,7 @@ class Session:
             if not isinstance(error, Exception):
                 raise
         finally:
-            if self._thread is not None:
-                await self._thread.leave()
+            await self.home.leave()
             self._answer_closers()
 
     async def _serve(self) -> bool:
@@ -225,8 +213,7 @@ class Session:
             if place.calls and not place.heads():  # they have failed, or given up
                 return False
         try:
-            make = place.make_store
-            store = make() if self._thread is None else self._thread.store(make)
+            store = self.home.store(place.make_store)
             config, is_news = place.config(), not place.heard.now or self._outbox.batch.config
             # A tenant's limits go with its first calls; what the store has of them counts later.
             news = config if is_news and place.root is not None else None
@@ -303,7 +290,7 @@ class Session:
             self._ask_at = 0  # leave the store's line; whoever comes next asks anew
         ask_at = max(self._ask_at, self.health.resume_at) if heads else self._forget_at
         is_due = now >= ask_at if heads else self._heard.in_line
-        if is_due and not is_urgent and (until := self._await_loops(heads)):
+        if until := self._await_loops(heads if is_due and not is_urgent else ()):
             await self._sleep(min(until, self._report_at))
         elif is_due or is_urgent or now >= self._report_at:
             await self._send(heads if is_due or self._heard.in_line else None)
@@ -393,8 +380,8 @@ class Session:
         The session's own loop also has the other loops do so, and sets the timer for the next call.
         """
         here = asyncio.get_running_loop()
-        if here is not self.loop:
-            self._seen[here] = self._clock()
+        if here is not self.home.loop:
+            self.home.seen[here] = self._clock()
             if self._is_blocked(here):  # it was; nothing was asked for it meanwhile
                 self._ask_at = 0
             self._asked.pop(here, None)
@@ -402,10 +389,10 @@ class Session:
         # Unless nobody has the limiter any more.
         with contextlib.suppress(ReferenceError), self._place.lock():
             now = self._clock()
-            next_start, elsewhere = self._place.admit_due(here, self.loop, now)
+            next_start, elsewhere = self._place.admit_due(here, self.home.loop, now)
             if self._place.has_room(now):
                 self._place.ring_dispatchers()
-            if here is self.loop:
+            if here is self.home.loop:
                 self._set_timer(next_start)
                 for loop in elsewhere:
                     self._ask_loop(loop, now)
@@ -414,8 +401,7 @@ class Session:
         """Have ``loop`` let calls go that are due, and so show that it runs; return when it was asked."""
         asked = self._asked.setdefault(loop, now)
         if asked == now:
-            with contextlib.suppress(RuntimeError):  # it has just been closed
-                loop.call_soon_threadsafe(self._let_go, context=contextvars.Context())
+            self.home.ask(loop, self._let_go)
         return asked
 
     def _await_loops(self, heads: Sequence[Any]) -> int:
@@ -424,8 +410,10 @@ class Session:
         Nothing is booked for a loop that is blocked: it would start too late.
         """
         now = self._clock()
-        loops = {each.dispatcher.loop for each in heads} - {None, self.loop}
-        stale = [loop for loop in loops if self._seen.get(loop, 0) < now - _FRESH]
+        since, seen = self._awaits_since or now, self.home.seen
+        loops = {each.dispatcher.loop for each in heads} - {None, self.home.loop}
+        stale = [loop for loop in loops if seen.get(loop, 0) < min(since, now - _FRESH)]
+        self._awaits_since = since if stale else 0
         return max((self._ask_loop(loop, now) + GRACE + 1 for loop in stale), default=0)
 
     def _is_blocked(self, loop: Any) -> bool:
@@ -440,7 +428,7 @@ class Session:
             self._timer = None
         if next_start < NEVER:
             nap = max(NAP, (next_start - self._clock()) * 1e-9)
-            self._timer = self.loop.call_later(nap, self._let_go)
+            self._timer = self.home.loop.call_later(nap, self._let_go)
 
     async def _listen(self) -> None:
         """Ask again when the store notifies, or at the time that it named."""
@@ -479,7 +467,6 @@ class Session:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._bell.wait()
-        self._is_rung = False  # first: another thread may ring at once
         self._bell.clear()
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":

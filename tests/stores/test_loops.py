@@ -6,14 +6,17 @@ import contextlib
 import gc
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from redis.asyncio import Redis
 
 from asyncbucket import Lease, Limiter, StoreError
 from asyncbucket.stores import open_store
+from asyncbucket.stores.loop import Errands
 from asyncbucket.stores.redis import RedisStore
 from tests.stores.conformance.place import peek_at
 from tests.stores.conftest import take
@@ -183,3 +186,20 @@ def test_closing_does_not_wait_for_a_store_whose_loop_stands(url: str) -> None:
         asyncio.run(asyncio.wait_for(limiter.aclose(), 5))
         loop.run_until_complete(limiter.aclose())
         loop.run_until_complete(client.aclose())
+
+
+def test_loop_is_woken_once_for_all_that_it_is_asked_until_it_comes() -> None:
+    """To wake a loop for each of five hundred limiters takes a busy machine a minute."""
+    done: list[int] = []
+    with contextlib.closing(asyncio.new_event_loop()) as loop:
+        errands = Errands(loop)
+        with patch.object(loop, "call_soon_threadsafe", wraps=loop.call_soon_threadsafe) as wake:
+            for number in range(500):
+                errands.add(partial(done.append, number))
+            loop.run_until_complete(asyncio.sleep(0.01))
+            assert done == [*range(500)]
+            errands.add(done.clear)
+            assert wake.call_count == 2
+        loop.run_until_complete(asyncio.sleep(0.01))
+        assert not done
+    errands.add(done.clear)  # which is closed
