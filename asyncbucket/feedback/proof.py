@@ -52,7 +52,8 @@ class Proof:
         while (bounds := self._bounds())[0] > bounds[1] + noise:
             del self.agreed[0]
         lefts = [left for _, _, left, _ in self.agreed]
-        apart = max((max(lefts) - min(lefts)) * self.window, (now - self.agreed[0][3]) * rate)
+        # Half, because replies come later than they were sent, some more than others.
+        apart = max((max(lefts) - min(lefts)) * self.window, (now - self.agreed[0][3]) * rate // 2)
         return self._judges(bounds, whole + noise, is_apart=apart > high - low + noise)
 
     def _bounds(self) -> tuple[int, int]:

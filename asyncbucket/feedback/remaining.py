@@ -219,7 +219,8 @@ class Others:
             at_most: what comes back in a window less than the limit would bring.
         """
         used = -left - self._booked  # counted from any zero; only differences matter
-        jump = 0 if self._used is None else used - self._used - uncertainty
+        steadily = self.estimate * (now - since) // self._window
+        jump = 0 if self._used is None else used - self._used - uncertainty - steadily
         faded = self.at_once * (now - since) // self._window
         self._used, self.at_once = used, max(jump, self.at_once - faded, 0)
         if self._lowest is None or used + uncertainty <= self._lowest[0]:  # so much has come back

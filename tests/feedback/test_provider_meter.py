@@ -141,6 +141,8 @@ def replies(
         ([(0, 60)] * 8, SECOND, None, 600),  # a log or a bucket, which is empty
         ([(599 - 20 * n, 40 - n) for n in range(8)], SECOND, "window", 600),
         ([(500 - 40 * n, n) for n in range(8)], SECOND, None, 600),
+        # A minute that ends soon, while nobody calls: replies hold a second's fraction by chance.
+        ([(80, 4 - n / 20) for n in range(8)], 60 * MILLISECOND, None, 600),
     ],
 )
 def test_replies_prove_how_it_counts(

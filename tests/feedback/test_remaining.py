@@ -93,6 +93,8 @@ def test_what_others_use_is_measured_and_reserved() -> None:
         hear(remaining, 600 - 9 * second, now)
     assert 230 <= remaining.others.estimate <= 270
     assert not take(remaining, 600 - 240 - 150, now)
+    hear(remaining, 600 - 9 * 30 - 4 * 10, 40 * SECOND)
+    assert remaining.others.at_once == 4  # that was no burst: in ten seconds they take forty
     unheard = told()
     unheard.book(400, 0)
     hear(unheard, 200, SECOND)  # calls before the first reply that is read are not others'
