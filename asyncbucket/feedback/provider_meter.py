@@ -52,6 +52,8 @@ _REMEMBERED: Final = 4_096
 _FEW: Final = 2
 #: The most windows that must be quiet before a larger size is tried.
 _PATIENCE: Final = 64
+#: A log may have more left than we expect by this fraction (1/16) of the limit: calls overtake others.
+_DOUBT: Final = 16
 #: What a reply said no longer ago than this (ns) is what the refusal says that is looked at.
 _JUST_NOW: Final = 100_000_000
 #: A rate that was lowered must hold for this long (ns) before it rises by this fraction (1/8) of itself,
@@ -247,19 +249,37 @@ class ProviderMeter(Meter):
         if limit is not None and limit != self.announced:
             self.rate, self.announced = max(1, min(self.rate, limit)), limit
             self._proof.agreed.clear()
-        is_news = full_in is not None and self._proof.changes(
-            left, full_in, now, self.announced, rounding
-        )
+        sent = now if since is None else since
+        is_news = self._is_news(left, now, sent, rounding, full_in)
         if is_news:
             self._believed = now, self._proof.heard
             self.size = min(self.size, self._top)
             self._remaining.restart()
         self._remaining.hear(
-            *(left, now, self._limit, now if since is None else since),
+            *(left, now, self._limit, sent),
             ours=self._backlog.level(now, self.rate),
             rounding=rounding,
         )
         return is_news
+
+    def _is_news(
+        self, left: int, now: int, sent: int, rounding: int, full_in: tuple[int, int] | None
+    ) -> bool:
+        """Tell whether such a reply to a call that was ``sent`` then proves or disproves anything."""
+        rate = self.announced
+        if full_in is not None:
+            span, off = full_in
+            missing, back = (rate * max(0, span - off), rate * (span + off)), now * rate
+        else:
+            since = self._remaining.booked_since(sent)
+            booked = self._remaining.booked(now) - since
+            if left <= rate - booked + rate // _DOUBT:
+                return False  # a log may say the same
+            lacks = self._backlog.lacks(now, self.rate)
+            missing = max(0, lacks - since * self.window), lacks + self.rate * (now - sent)
+            back = self._backlog.back
+        is_told = full_in is not None
+        return self._proof.changes(left, missing, back, rate, rounding, is_told=is_told)
 
     @property
     def belief(self) -> Belief | None:
@@ -281,12 +301,15 @@ class _Backlog:
     def __init__(self, window: int) -> None:
         self._window = window
         self._units = self._at = 0
+        #: What has been given back ever.
+        self.back = 0
         #: What it was, in units, with all that was booked at an instant.
         self.sent: dict[int, int] = {}
 
     def leak(self, now: int, rate: int) -> None:
         if now > self._at:
-            self._units, self._at = max(0, self._units - (now - self._at) * rate), now
+            back = min(self._units, (now - self._at) * rate)
+            self._units, self._at, self.back = self._units - back, now, self.back + back
 
     def add(self, amount: int, when: int) -> None:
         if when not in self.sent:
@@ -302,7 +325,11 @@ class _Backlog:
         self._units = max(0, self._units - amount * self._window)
 
     def level(self, now: int, rate: int) -> int:
-        return -(-max(0, self._units - max(0, now - self._at) * rate) // self._window)
+        return -(-self.lacks(now, rate) // self._window)
+
+    def lacks(self, now: int, rate: int) -> int:
+        """Return what it is at ``now``, in units times the window."""
+        return max(0, self._units - max(0, now - self._at) * rate)
 
     def earliest(self, level: int, rate: int) -> int:
         """Return when it has leaked down to so many units."""

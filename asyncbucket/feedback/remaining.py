@@ -90,7 +90,7 @@ class Remaining:
             self._ours.reshape(replace(self._ours.limit, amount=amount, burst=amount), now)
             self._level, self._missing = None, 0
         proven, before = self._proof.size, now if self._level is None else self._last_report
-        booked_since = sum(units for date, units in self._ours.log.entries() if date > since)
+        booked_since = self.booked_since(since)
         back = -(-self.amount * max(0, now - since) // self.window)
         low, high = left - booked_since, min(left + rounding + back, proven or left + self.amount)
         expected = self._expected_level(now)
@@ -110,6 +110,14 @@ class Remaining:
             taken = max(self._ours.available(now), left) - high  # its limit may be above ours
             uncertainty = booked_since + rounding
             self.others.update(high, now, before, taken, uncertainty, at_most=self._missing)
+
+    def booked_since(self, when: int) -> int:
+        """Return what we booked after that."""
+        return sum(units for date, units in self._ours.log.entries() if date > when)
+
+    def booked(self, now: int) -> int:
+        """Return what we booked in the window that ends now."""
+        return self.amount - self._ours.available(now)
 
     def restart(self) -> None:
         """Expect anew at the next reply, because how the provider counts is another than was believed."""

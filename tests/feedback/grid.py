@@ -91,6 +91,10 @@ ROWS: Final[dict[str, Row]] = {
         requests(Counting(size=40), latency=(0.2, 20.0)), Load(agents=60, calls=8)
     ),
     "bucket of 60, no reset": Row(requests(SIXTY, profile=NO_RESET), AT_ONCE, refused=20),
+    "full bucket of 600, no reset": Row(requests(profile=NO_RESET), AGENTS, over=1.6),
+    "calendar, no reset": Row(
+        requests(Counting(by="calendar"), profile=NO_RESET), AGENTS, over=4.5
+    ),
     "bucket of 60, no headers": Row(
         requests(SIXTY, profile=NO_HEADERS), AT_ONCE, refused=20, over=1.2
     ),

@@ -182,7 +182,28 @@ def test_contradicted_proof_is_given_up_and_another_limit_is_followed() -> None:
     assert requests.rate == 300
 
 
-def test_reply_without_a_time_proves_nothing_and_lower_own_limits_stay() -> None:
+@pytest.mark.parametrize(
+    ("size", "rate", "kind"),
+    [
+        (600, 10, "bucket"),
+        (540, 10, None),  # no more than a log of 600 may have left
+        (600, 0, None),  # a log
+        (650, 0, None),  # a minute of the clock that began with a debt of ours
+    ],
+)
+def test_replies_without_a_time_prove_a_bucket_once_enough_comes_back(
+    size: int, rate: int, kind: str | None
+) -> None:
+    requests, sent = meter(), 0
+    for seconds in range(9):
+        now = seconds * SECOND
+        sent += 10 + (seconds < 5) * 5
+        requests.book(10 + (seconds < 5) * 5, now)
+        requests.heard(size - sent + rate * seconds, now, limit=600, since=now)
+    assert requests.kind == kind
+
+
+def test_lower_own_limits_stay() -> None:
     requests = meter("300 RPM")
     assert not requests.heard(599, 0, limit=600)
     replies(requests, *((60 - n, n / 10) for n in range(1, 9)))
