@@ -34,7 +34,7 @@ _PARTS: Final = ("meters", "state", "line", "verbs")
 #: Nanoseconds in the script's unit of time.
 GRAIN: Final = 1_000
 #: The version of what the script keeps; others are refused.
-_SCHEMA: Final = 7
+_SCHEMA: Final = 8
 #: What the script knows by name: times in microseconds.
 _CONSTANTS: Final = {
     "SCHEMA": _SCHEMA,

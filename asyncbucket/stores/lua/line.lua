@@ -55,7 +55,7 @@ local function change(name, held, need, bound, weight)
   s.lent, s.weights = s.lent + held - r.held, s.weights + weight - r.weight
   s.claims = s.claims + ((held > 0 or need) and 1 or 0) - ((r.held > 0 or r.need) and 1 or 0)
   s.short = s.short + (bound == SLOT and 1 or 0) - (r.bound == SLOT and 1 or 0)
-  r.held, r.need, r.bound, r.weight, changed[name] = held, need, bound, weight, true
+  r.held, r.need, r.bound, r.weight, changed['w:' .. name] = held, need, bound, weight, r
   if need then
     redis.call('ZADD', KEYS[3], as_integer(r.tag), name)
   else
@@ -67,7 +67,7 @@ end
 local function forget(name)
   change(name, 0)
   gone[#gone + 1] = 'w:' .. name
-  records[name], changed[name] = new_record(), nil
+  records[name], changed['w:' .. name] = new_record(), nil
 end
 
 -- Forget those that gave no sign of life in time; `alive` gives one now.
@@ -115,7 +115,7 @@ local function tell()
     if r.bound ~= SLOT or (free > 0 and (r.held < share_of() or s.short == 1)) then
       local come = r.bound == SLOT and now or math.max(now, earliest(r.need, r.first) - FAR)
       if come < r.due - SOON then
-        r.due, changed[name] = come, true
+        r.due, changed['w:' .. name] = come, r
         redis.call('PUBLISH', r.channel, as_integer(come - now) .. ' ' .. name)
       end
       if r.bound ~= SLOT then

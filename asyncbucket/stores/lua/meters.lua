@@ -1,19 +1,21 @@
 -- Meters: what may pass of one limit. As asyncbucket.engine.meters does it, in microseconds.
 --
 -- A meter `m` is what the config says of a limit; its window `m.w`, and in it its bucket `b`, are what is kept.
--- A window's entries, each a date and units, are fields of the hash, numbered from `head` to `tail` - 1. The newest
+-- A window's entries, each a date and units, are numbered from `head` to `tail` - 1. The hash has them in packs, as a
+-- field takes a hundred bytes by itself. The newest
 -- bookings (`recent`, dated `last`) become an entry when a grain has passed: at `closes`.
 --
 -- A window that resets by the calendar has no entries, but `starts`: when some periods begin by the wall clock, as
 -- a worker last told. `closes` is when its period ends, `opened` when it began.
 
-local ENTRY = '<dd'
+local PACK = 16 -- entries
 local LOWS = 511 -- a bucket remembers so many
 local JITTER = 3 -- entries fewer grains apart count as one
 
 local now = 0 -- the server's clock, plus the `offset` by which it has been set back
 local offset = 0
-local gone = {} -- fields that are deleted in the end
+local packs = {} -- of entries, by field
+local changed, gone = {}, {} -- what fields contain in the end, and those that are deleted then
 
 local function window_new(began)
   return {
@@ -22,26 +24,44 @@ local function window_new(began)
   }
 end
 
+-- The pack of the i-th entry, and where it is there.
+local function pack_of(m, i)
+  local name = m.prefix .. math.floor(i / PACK)
+  if not packs[name] then
+    local kept = redis.call('HGET', KEYS[1], name)
+    packs[name] = kept and cmsgpack.unpack(kept) or {}
+  end
+  return packs[name], 2 * (i % PACK) + 1, name
+end
+
 local function entry(m, i)
-  return struct.unpack(ENTRY, redis.call('HGET', KEYS[1], m.prefix .. i))
+  local pack, at = pack_of(m, i)
+  return pack[at], pack[at + 1]
 end
 
 local function put(m, i, date, units)
-  redis.call('HSET', KEYS[1], m.prefix .. i, struct.pack(ENTRY, date, units))
+  local pack, at, name = pack_of(m, i)
+  pack[at], pack[at + 1], changed[name] = date, units, pack
 end
 
-local function drop_entries(prefix, w)
-  for i = w.head, w.tail - 1 do
-    gone[#gone + 1] = prefix .. i
+-- Forget the entries before the `to`-th.
+local function drop_entries(prefix, w, to)
+  local past = math.floor(to / PACK)
+  if to == w.tail and to > w.head then
+    past = math.ceil(to / PACK)
   end
-  w.head = w.tail
+  for n = math.floor(w.head / PACK), past - 1 do
+    local name = prefix .. n
+    gone[#gone + 1], packs[name], changed[name] = name, {}, nil
+  end
+  w.head = to
 end
 
 -- Other times of resetting: all counts as booked last.
 local function window_set_resets(m, date)
   local w, resets = m.w, m.resets or ''
   if resets ~= w.resets then
-    drop_entries(m.prefix, w)
+    drop_entries(m.prefix, w, w.tail)
     w.resets, w.opened, w.starts, w.recent, w.closes = resets, NEVER, {}, w.used, date
   end
 end
@@ -85,15 +105,15 @@ local function window_forget(m, when)
     end
     return
   end
-  while w.head < w.tail do
-    local date, units = entry(m, w.head)
+  local head = w.head
+  while head < w.tail do
+    local date, units = entry(m, head)
     if date > horizon then
       break
     end
-    w.forgotten, w.used = date, w.used - units
-    gone[#gone + 1] = m.prefix .. w.head
-    w.head = w.head + 1
+    w.forgotten, w.used, head = date, w.used - units, head + 1
   end
+  drop_entries(m.prefix, w, head)
   if w.closes > 0 and w.last <= horizon then
     w.forgotten, w.used, w.recent, w.closes = w.last, w.used - w.recent, 0, 0
     if w.b and not m.is_paced and w.b.backlog <= (when - w.b.at) * w.b.q then

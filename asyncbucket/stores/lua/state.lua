@@ -15,7 +15,7 @@ ttl = tonumber(ttl)
 local s -- what is packed
 local text, config -- the limits in force
 local starts -- when windows begin that reset by the calendar, where a worker was asked to say so
-local records, changed = {}, {} -- of workers
+local records = {} -- of workers
 
 local function as_integer(number)
   return string.format('%.0f', number)
@@ -81,7 +81,7 @@ local function configure()
   end
   for key, w in pairs(before) do
     if not s.windows[key] then
-      drop_entries('e:' .. key .. ':', w)
+      drop_entries('e:' .. key .. ':', w, w.tail)
     end
   end
   build_meters()
@@ -101,8 +101,8 @@ local function save(sets_config)
     redis.call('HDEL', KEYS[1], unpack(gone, i, math.min(i + 999, #gone)))
   end
   local fields = { 'state', cmsgpack.pack(s), unpack(sets_config and { 'config', text } or {}) }
-  for name in pairs(changed) do
-    fields[#fields + 1], fields[#fields + 2] = 'w:' .. name, cmsgpack.pack(records[name])
+  for name, value in pairs(changed) do
+    fields[#fields + 1], fields[#fields + 2] = name, cmsgpack.pack(value)
   end
   redis.call('HSET', KEYS[1], unpack(fields))
   for _, key in ipairs(KEYS) do
