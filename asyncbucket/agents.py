@@ -233,7 +233,7 @@ class Agents:
 
     def end(self, agent: Agent, *, ended_well: bool) -> None:
         """Forget an agent; one that ended well shows how large its kind is. Without the lock."""
-        self.node.pacer.do_and_tell(self._end_locked, agent, ended_well)
+        self.node.pacer.lock.do_and_tell(self._end_locked, agent, ended_well)
 
     def _end_locked(self, agent: Agent, ended_well: bool) -> None:  # noqa: FBT001 - `do` has no keywords
         run, alike = self.runs.pop(agent), self._running[agent.kind]
@@ -330,7 +330,7 @@ def run_of(lease: Admission) -> AgentRun | None:
 
 def account_of(agent: Agent, node: Node, amounts: Amounts) -> AgentRun:
     """Return the run that pays for a call: the agent's, or one of its own if the agent is over."""
-    with node.pacer:
+    with node.pacer.lock:
         agents = agents_of(node)
         work = node.work(amounts)
         return agents.run_of(agent, work) or agents.enter(None, work)

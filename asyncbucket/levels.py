@@ -185,7 +185,7 @@ def give_back(lease: Lease, limiter: Limiter) -> None:
     slot. So the outer call gives up its slots at the levels that both pass, for good. At the others
     it keeps them.
     """
-    lease._node.pacer.do(lease._give_up_slots_locked, _passed(effective_limiter(limiter)))
+    lease._node.pacer.lock.do(lease._give_up_slots_locked, _passed(effective_limiter(limiter)))
 
 
 def sent(lease: Lease) -> None:
@@ -243,7 +243,7 @@ def count_cached(lease: Lease, *, read: bool, written: bool, saved: int) -> None
             node.count(name, number)
         node.pacer.notify_locked(node, PromptCached, read=read, written=written, saved_tokens=saved)
 
-    node.pacer.do_and_tell(count)
+    node.pacer.lock.do_and_tell(count)
 
 
 def undo(lease: Lease) -> None:
@@ -264,7 +264,7 @@ def is_learning(limiter: Limiter) -> bool:
 def meet_provider(limiter: Limiter) -> None:
     """Have the limits of ``limiter`` learn how its provider counts them, from the first call on."""
     node = limiter._node
-    with node.pacer:
+    with node.pacer.lock:
         if node.place is None:
             for window in node.limits.values():
                 if window.limit.resource != USD:
@@ -301,7 +301,7 @@ def observe_remaining(
     """
     node = limiter._node
     pacer = node.pacer
-    with pacer:
+    with pacer.lock:
         now = pacer.clock()
         window = node.limits.get((resource, per))
         if window is None or node.place is not None:
@@ -331,7 +331,7 @@ def call_accepted(lease: Lease) -> None:
     moved = [meter for meter in learning if meter.is_moved_by(when)]
     if moved:
         node = lease._node
-        with node.pacer:
+        with node.pacer.lock:
             now = node.pacer.clock()
             for meter in moved:
                 meter.accepted(when, now)
@@ -341,7 +341,7 @@ def call_accepted(lease: Lease) -> None:
 def calls_with_room(lease: Lease, limiter: Limiter) -> int:
     """Return how many calls are in flight, if the provider's reply to this one shows room for it."""
     node = limiter._node
-    with node.pacer:
+    with node.pacer.lock:
         now = node.pacer.clock()
         learning: list[Any] = [pair for pair in node.extra if pair[0].learns]
         room = {meter.has_room(lease._amounts.get(name, 0), now) for meter, name in learning}
@@ -358,7 +358,7 @@ def call_refused(lease: Lease, limiter: Limiter, resource: str | None) -> None:
     if not (node.limits or limiter.concurrency or node.place or is_in_shadow(limiter)):
         limiter.reconfigure(concurrency="auto")
     meet_provider(limiter)
-    with node.pacer:
+    with node.pacer.lock:
         passed: list[Any] = [pair for pair in node.extra if pair in lease._route.meters]
         learning = [pair for pair in passed if pair[0].learns]
         blamed = [pair for pair in learning if pair[1] == resource] or learning

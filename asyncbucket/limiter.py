@@ -464,7 +464,7 @@ class Limiter(EngineLimiter):
     def _all_tenants(self) -> Tenants[Self]:
         if self._tenants is None:
             made = Tenants(self._make_child, self._of)
-            with self._node.pacer:  # another thread may ask, too
+            with self._node.pacer.lock:  # another thread may ask, too
                 self._tenants = self._tenants or made
         return self._tenants
 
@@ -493,7 +493,7 @@ class Limiter(EngineLimiter):
         context = inherited.get()
         limiter = self._limiter_for(None, context)
         whole, node = limiter._amounts(cost, **amounts), limiter._node
-        with node.pacer:
+        with node.pacer.lock:
             node.check(whole)
             urgency = limiter._urgency(None, context)
             return explain_locked(node, whole, urgency, running_agent(context))
@@ -501,7 +501,7 @@ class Limiter(EngineLimiter):
     def statistics(self) -> Statistics:
         """Return a frozen snapshot: what passed, what waits, and what for; children included."""
         now, order = super().statistics(), self._node.order
-        with self._node.pacer:
+        with self._node.pacer.lock:
             if isinstance(order, Agents):
                 now = replace(now, agents=order.statistics())
             if isinstance(self._node.bystander, Shadow):

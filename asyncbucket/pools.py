@@ -127,7 +127,7 @@ class Members:
         pacer, now = self.root.pacer, self.root.pacer.clock()
         if not member.failures:
             says, pool = "pool %r leaves out %r: %s", self.root.name
-            pacer.news.append(partial(_log.warning, says, pool, member.limiter.name, reason))
+            pacer.lock.news.append(partial(_log.warning, says, pool, member.limiter.name, reason))
         if not member.fail(reason, now):
             return
         error = self.hopeless(now)
@@ -188,13 +188,13 @@ class PoolLease(Lease):
             reason: why, for people: ``"HTTP 401"``. It is logged.
         """
         if self._member is not None:
-            self._node.pacer.do_and_tell(self._pool.fail, self._member, reason)
+            self._node.pacer.lock.do_and_tell(self._pool.fail, self._member, reason)
         self.failed()
 
     def member_works(self) -> None:
         """Report that the member answers, though the call goes on: a stream keeps nobody."""
         if self._member is not None and self._member.failures:
-            self._node.pacer.do(self._member.works, self)
+            self._node.pacer.lock.do(self._member.works, self)
 
     # --- the machine ---
 
@@ -448,7 +448,7 @@ class Pool(Limiter):
         'openai': left out for 4 s more (HTTP 401); 'azure': in use
         """
         pacer: Pacer = self._node.pacer
-        with pacer:
+        with pacer.lock:
             now = pacer.clock()
             return tuple(member.state(now) for member in self._members.by_tree.values())
 

@@ -136,7 +136,7 @@ class Shadow(Account):
 
     def report(self) -> None:
         """Log what would have happened."""
-        with self._node.pacer:
+        with self._node.pacer.lock:
             told = self.statistics(self._node.pacer.clock())
         if told.calls:
             _log.warning("limiter %r in shadow: %s", self._node.name, told)

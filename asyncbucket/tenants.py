@@ -92,7 +92,7 @@ class Tenants(Generic[L]):
         """Let the one go that is unused for the longest time, unless it is held, or not as new."""
         tenant, limiter = self._recent.popitem(last=False)
         held, node = weakref.ref(limiter), limiter._node
-        with node.pacer:
+        with node.pacer.lock:
             may_go = node.is_as_new(node.pacer.clock()) and not limiter._was_changed
         kept = None if may_go else limiter
         del limiter

@@ -17,9 +17,9 @@ for that very call. All of this is called by the `asyncbucket.engine.pacer.Pacer
 """
 
 import asyncio
+import collections
 import contextlib
 import contextvars
-import heapq
 import logging
 import os
 import sys
@@ -32,16 +32,13 @@ from typing import Any, Final, Literal, NoReturn, Self, TypeAlias
 
 from asyncbucket.engine.meters import NEVER, admit
 from asyncbucket.engine.node import shown_name
+from asyncbucket.engine.queue import AnyWaiter, Branch, Dispatch, Dispatcher
 
 #: CPython with the GIL switches threads only at calls and backward jumps, so a straight run of
 #: loads, arithmetic and stores is atomic.
 ATOMIC: Final[bool] = (
     sys.implementation.name == "cpython" and getattr(sys, "_is_gil_enabled", lambda: True)()
 )
-#: "Nobody is left": later even than `NEVER`, which may still end when something is given back.
-EMPTY: Final = NEVER << 1
-#: Sweeping pays from this many done entries on.
-SWEEP: Final = 64
 #: The shortest sleep (s), because timers may fire early; the longest that every loop accepts.
 NAP: Final = 20e-6
 _LONGEST: Final = 86_400.0
@@ -55,59 +52,8 @@ _STALL: Final = 5_000_000_000
 
 _log: Final = logging.getLogger("asyncbucket")
 
-#: Serves the queue for a dispatcher, and lets it sleep until it must dispatch again.
-Dispatch: TypeAlias = Callable[["Dispatcher"], None]
-
-
-class Dispatcher:
-    """Where calls wait; by itself, only where leases are held: in plain threads."""
-
-    #: Its event loop, if it is one.
-    loop: asyncio.AbstractEventLoop | None = None
-
-    def __init__(self, dispatch: Dispatch | None = None) -> None:
-        #: None once its calls count nowhere any more: its process was forked.
-        self.dispatch = dispatch
-        #: Where the leases of its calls count: those of a waiting thread belong to the loop that it
-        #: blocks, or to all threads.
-        self.home: Dispatcher = self
-        #: Open leases of calls made here, and calls that wait here.
-        self.leases = self.waiting = 0
-        #: When it dispatches next.
-        self.wakes_at = EMPTY
-        #: Whether it missed its turn; then its calls are parked until it dispatches.
-        self.is_late = False
-        self.parked: list[tuple[Any, Any]] = []
-        self._deadlines: list[tuple[int, Any]] = []
-
-    def ring(self, now: int) -> bool:
-        """Make it dispatch soon; from any thread, with the lock held. Return whether it can be rung."""
-        raise NotImplementedError
-
-    def sleep(self, until: int, now: int) -> None:
-        """Have it dispatch at ``until``, if the bell does not ring before."""
-
-    def is_closed(self) -> bool:
-        """Tell whether nothing can run here any more."""
-        return self.loop is not None and self.loop.is_closed()
-
-    def watch(self, waiter: Any, deadline: int) -> None:
-        """Note that the time of ``waiter`` is up at ``deadline``."""
-        heapq.heappush(self._deadlines, (deadline, waiter))
-        if len(self._deadlines) > 2 * self.waiting + SWEEP:
-            self._deadlines = [each for each in self._deadlines if not each[1].done()]
-            heapq.heapify(self._deadlines)
-
-    def seeks(self) -> None:
-        """Forget the first deadline: who has it seeks another way, and waits on."""
-        heapq.heappop(self._deadlines)
-
-    def first_deadline(self) -> tuple[int, Any]:
-        """Return the first deadline of those that still wait, and who has it."""
-        deadlines = self._deadlines
-        while deadlines and deadlines[0][1].done():
-            heapq.heappop(deadlines)
-        return deadlines[0] if deadlines else (EMPTY, None)
+#: What is left to be done, in order.
+News: TypeAlias = collections.deque[Callable[[], object]]
 
 
 class LoopDispatcher(Dispatcher):
@@ -246,10 +192,6 @@ class ThreadDispatcher(Dispatcher):
                 self.dispatch(self)
 
 
-#: The dispatcher of calls that were counted out: they gave up, or their loop was closed.
-NOWHERE: Final = Dispatcher()
-
-
 class Dispatchers(dict[object, Dispatcher]):
     """All dispatchers of a tree of limiters: of loops, by loop, and of threads that are blocked, by themselves."""
 
@@ -295,111 +237,72 @@ class Dispatchers(dict[object, Dispatcher]):
         self.threads = Dispatcher(self._dispatch)
 
 
-# --- loops that do not run ---
+class Stalls:
+    """Notice when nobody passes because the slots of a tree do not come back."""
 
+    def __init__(
+        self, top: Branch, all_: Dispatchers, clock: Callable[[], int], news: News
+    ) -> None:
+        self._top, self._all, self._clock, self._news = top, all_, clock, news
+        #: Since when nobody has passed of those who wait.
+        self.since = 0
+        self._has_warned = False
 
-def is_late(pacer: Any, dispatcher: Dispatcher, now: int) -> bool:
-    """Tell whether ``dispatcher`` missed its turn; if so, its calls are parked until it dispatches."""
-    if dispatcher.is_closed():
-        dispatcher.is_late = True
-        discard(pacer, dispatcher)
-    elif now > dispatcher.wakes_at + GRACE:
-        dispatcher.is_late = True
-    return dispatcher.is_late
+    def beyond_slots(self, dispatcher: Dispatcher, now: int) -> tuple[AnyWaiter | None, int]:
+        """Return a call that is to pass without a slot, because loops that do not run hold all; else when to dispatch again.
 
+        Code may block its loop while it waits for a call on another loop (LlamaIndex's
+        ``VectorStoreIndex(use_async=True)`` does), while tasks of the blocked loop hold all slots.
+        """
+        holders = [each for each in self._all.values() if each.leases]
+        if not holders or dispatcher.leases or self._all.threads.leases:
+            return None, self.wait_for_slots(now)
+        for each in holders:
+            each.ring(now)
+        heard = max(each.wakes_at for each in holders)
+        if now < heard + _PATIENCE:
+            return None, heard + _PATIENCE
+        back = sum(each.leases for each in holders)
+        waiter, due = self._top.head(now, back)
+        if waiter is None or waiter.dispatcher is not dispatcher:
+            return None, due
+        route, since = waiter.line.node.route, waiter.line.since
+        due, _ = admit(route, waiter.amounts, since, now, book=False, back=back)
+        if due > now:
+            return None, due
+        root = self._top.node
+        root.count("overridden")
+        if root.counts["overridden"] == 1:
+            says = (
+                "a call passed without a slot: every slot is held on an event loop that has been "
+                "blocked for over 1 s; await on that loop instead of blocking it"
+            )
+            self._news.append(partial(_log.warning, says))
+        return waiter, now
 
-def unpark(dispatcher: Dispatcher) -> None:
-    """Put parked calls back in their places."""
-    dispatcher.is_late = False
-    parked, dispatcher.parked = dispatcher.parked, []
-    for line in dict.fromkeys(line for line, _ in parked if line.living):  # else all have given up
-        line.refill([*(waiter for each, waiter in parked if each is line), *line.calls])
-        line.arrive()
+    def wait_for_slots(self, now: int) -> int:
+        """Return when to dispatch again while slots have to come back; warn once if none does.
 
-
-def discard_closed(pacer: Any) -> bool:
-    """Count out all who wait on loops that were closed; return whether there were any."""
-    closed = [
-        dispatcher
-        for dispatcher in pacer.dispatchers.values()
-        if dispatcher.waiting and dispatcher.is_closed()
-    ]
-    for dispatcher in closed:
-        discard(pacer, dispatcher)
-    return bool(closed)
-
-
-def discard(pacer: Any, dispatcher: Dispatcher) -> None:
-    """Count out all who wait on ``dispatcher``, whose loop was closed."""
-    lines = {line for tree in pacer.trees for line in tree.top.lines()}
-    lines |= {line for line, _ in dispatcher.parked}
-    parked = (waiter for _, waiter in dispatcher.parked)
-    for waiter in [*(each for line in lines for each in line.calls), *parked]:
-        if waiter.dispatcher is dispatcher and waiter.lines:
-            pacer.leave_lines(waiter)
-            pacer.count_in(waiter, -1)
-            waiter.dispatcher = NOWHERE
-    for line in lines:
-        line.refill(each for each in line.calls if each.dispatcher is not NOWHERE)
-    dispatcher.parked.clear()
-
-
-def beyond_slots(pacer: Any, dispatcher: Dispatcher, now: int) -> tuple[Any, int]:
-    """Return a call that is to pass without a slot, because loops that do not run hold all; else when to dispatch again.
-
-    Code may block its loop while it waits for a call on another loop (LlamaIndex's
-    ``VectorStoreIndex(use_async=True)`` does), while tasks of the blocked loop hold all slots.
-    """
-    holders = [each for each in pacer.dispatchers.values() if each.leases]
-    if not holders or dispatcher.leases or pacer.dispatchers.threads.leases:
-        return None, wait_for_slots(pacer, now)
-    for each in holders:
-        each.ring(now)
-    heard = max(each.wakes_at for each in holders)
-    if now < heard + _PATIENCE:
-        return None, heard + _PATIENCE
-    back = sum(each.leases for each in holders)
-    waiter, due = pacer.top.head(now, back)
-    if waiter is None or waiter.dispatcher is not dispatcher:
-        return None, due
-    route = waiter.line.node.route
-    due, _ = admit(route, waiter.amounts, waiter.line.since, now, book=False, back=back)
-    if due > now:
-        return None, due
-    pacer.root.count("overridden")
-    if pacer.root.counts["overridden"] == 1:
+        A lease that is dropped gives its slot back; one that something still holds does not.
+        """
+        if self._has_warned or self._clock is not time.monotonic_ns:
+            return NEVER
+        if now < self.since + _STALL:
+            return (self.since // _STALL + 2) * _STALL  # seldom another: so the timer can stay
+        self._has_warned = True
+        held = {
+            f"{node.in_flight} of {node.slots} slots of {shown_name(node.name)!r}"
+            for line in self._top.lines()
+            for node in line.node.path
+            if node in line.node.route.bounded and node.in_flight >= node.slots
+        }
         says = (
-            "a call passed without a slot: every slot is held on an event loop that has been blocked "
-            "for over 1 s; await on that loop instead of blocking it"
+            "no call has passed for %.0f s: open leases hold %s; if those calls are over, release their "
+            "leases (`async with` does); if they wait for calls inside, give those a limiter of their own"
         )
-        pacer.news.append(partial(_log.warning, says))
-    return waiter, now
-
-
-def wait_for_slots(pacer: Any, now: int) -> int:
-    """Return when to dispatch again while slots have to come back; warn once if none does.
-
-    A lease that is dropped gives its slot back; one that something still holds does not.
-    """
-    if pacer.has_warned or pacer.clock is not time.monotonic_ns:
+        seconds = (now - self.since) * 1e-9
+        self._news.append(partial(_log.warning, says, seconds, ", ".join(sorted(held))))
         return NEVER
-    if now < pacer.since + _STALL:
-        later: int = (pacer.since // _STALL + 2) * _STALL
-        return later  # seldom another: so the timer can stay
-    pacer.has_warned = True
-    held = {
-        f"{node.in_flight} of {node.slots} slots of {shown_name(node.name)!r}"
-        for line in pacer.top.lines()
-        for node in (*line.node.route.bounded, *pacer.root.route.bounded)
-        if node.in_flight >= node.slots
-    }
-    says = (
-        "no call has passed for %.0f s: open leases hold %s; if those calls are over, release their "
-        "leases (`async with` does); if they wait for calls inside, give those a limiter of their own"
-    )
-    seconds = (now - pacer.since) * 1e-9
-    pacer.news.append(partial(_log.warning, says, seconds, ", ".join(sorted(held))))
-    return NEVER
 
 
 # --- processes ---
@@ -475,3 +378,66 @@ class Lock:
     def after_fork(self) -> None:
         """Replace the lock, which the parent may have held."""
         self._lock = threading.RLock()
+
+
+class DeferringLock:
+    """Lock as `threading.Lock` does; the holder also does what could not wait for the lock.
+
+    That is what finalizers and synchronous methods leave to it (`do`), and what observers and the log
+    are to be told once the lock is released. Only `with` does so by itself, in twice the time.
+    """
+
+    def __init__(self) -> None:
+        #: Work for whoever releases the lock; and what to tell then, unless by a finalizer.
+        self.jobs: News = collections.deque()
+        self.news: News = collections.deque()
+        self.after_fork()
+
+    def __enter__(self) -> None:
+        self.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+        if self.jobs or self.news:
+            self.catch_up()
+
+    def do(self, job: Callable[..., object], *args: object) -> None:
+        """Run ``job`` with the lock held: now, or when its holder is done; never wait for it."""
+        if self.jobs or not self.acquire(False):  # a keyword would take twice the time
+            self.jobs.append(partial(job, *args))
+        else:
+            try:
+                job(*args)
+            finally:
+                self.release()
+        if self.jobs:
+            self.catch_up(tell=False)
+
+    def do_and_tell(self, job: Callable[..., object], *args: object) -> None:
+        """Do it, and tell the news: not for finalizers, which may run anywhere."""
+        self.do(job, *args)
+        if self.news:
+            self.catch_up()
+
+    def catch_up(self, *, tell: bool = True) -> None:
+        """Run what was left to whoever releases the lock, in order, and tell the news."""
+        while self.jobs and self.acquire(False):  # as above
+            try:
+                self.run_jobs_locked()
+            finally:
+                self.release()
+        while tell and self.news:
+            with contextlib.suppress(IndexError):  # another thread was faster
+                self.news.popleft()()
+
+    def run_jobs_locked(self) -> None:
+        """Run what was left to the holder of the lock."""
+        while self.jobs:
+            self.jobs.popleft()()
+
+    def after_fork(self) -> None:
+        """Replace the lock, which the parent may have held, and forget what the parent is to do."""
+        lock = threading.Lock()
+        self.acquire, self.release = lock.acquire, lock.release
+        self.jobs.clear()
+        self.news.clear()

@@ -3,7 +3,7 @@
 `Limiter.acquire` gives a `Lease` that asks: await it or enter it, and it is held. `settle` and
 `release` never wait for the lock. If it is held by another thread, or by this one (interrupted by
 the garbage collector, which closes a generator or a coroutine that holds a lease), whoever holds it
-does the work: see `asyncbucket.engine.pacer.Pacer.do`.
+does the work: see `asyncbucket.engine.dispatchers.DeferringLock.do`.
 """
 
 import asyncio
@@ -15,19 +15,13 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self, TypeAlias, Unpac
 
 from asyncbucket.engine import report
 from asyncbucket.engine.cost import COMMON, Cost, rounded_up
-from asyncbucket.engine.dispatchers import (
-    ATOMIC,
-    NOWHERE,
-    Dispatcher,
-    OfThisProcess,
-    ThreadDispatcher,
-)
+from asyncbucket.engine.dispatchers import ATOMIC, OfThisProcess, ThreadDispatcher
 from asyncbucket.engine.errors import AcquireTimeout, AsyncBucketError, CostExceedsLimit
 from asyncbucket.engine.events import Admitted, Outcome, Queued, Released, Settled
 from asyncbucket.engine.interfaces import Account
 from asyncbucket.engine.meters import Amounts, Meters, Route, Slots, admit, untake
 from asyncbucket.engine.node import Node, shown_name
-from asyncbucket.engine.queue import AnyWaiter, Line, SyncWaiter, Waiter
+from asyncbucket.engine.queue import NOWHERE, AnyWaiter, Call, Dispatcher, Line, SyncWaiter, Waiter
 from asyncbucket.engine.terms import CallAmounts
 from asyncbucket.engine.wording import USD, warn_user
 
@@ -70,7 +64,7 @@ class _InLine(NamedTuple):
     line: Line
 
 
-class Lease(OfThisProcess):
+class Lease(Call, OfThisProcess):
     """Ask for an admission; hold what it took until it is released.
 
     ``await`` it, or enter it with ``async with``, which releases it on leaving. Nothing is taken
@@ -121,7 +115,8 @@ class Lease(OfThisProcess):
             raise RuntimeError(_USED)
         node = self._node
         pacer: Pacer = node.pacer
-        pacer.lock.acquire()  # `with` would take twice the time
+        lock = pacer.lock
+        lock.acquire()  # `with` would take twice the time
         try:
             now = pacer.clock()
             if (pacer.waiting and not pacer.is_free_locked(node, now)) or pacer.place is not None:
@@ -141,9 +136,9 @@ class Lease(OfThisProcess):
             if self.accounts or node.accounts:
                 self._pass_locked(node, now)
         finally:
-            pacer.lock.release()
-        if pacer.jobs or pacer.observed:
-            pacer.catch_up()
+            lock.release()
+        if lock.jobs or pacer.observed:
+            lock.catch_up()
             self._notify_admitted()
         return True
 
@@ -163,7 +158,7 @@ class Lease(OfThisProcess):
         for account in self.accounts:
             account.passed(self, now)
 
-    def _hand_back_locked(self) -> None:
+    def _hand_back_locked(self, waiter: AnyWaiter | None = None) -> None:  # noqa: ARG002 - its own
         """Give everything back that it was just handed: the call gave up at that very moment."""
         self._state = OVER
         self._dispatcher.leases -= 1
@@ -174,6 +169,10 @@ class Lease(OfThisProcess):
             account.ended(self, "failed")
 
     # --- accounts ---
+
+    def _gave_up_locked(self) -> None:
+        for account in self.accounts:
+            account.gave_up(self)
 
     def _raise_refusal(self) -> None:
         """Raise the error of an account that refuses the call, for a caller who will not wait."""
@@ -193,7 +192,7 @@ class Lease(OfThisProcess):
     def _take_back(self) -> None:
         """Give everything back that it was just handed, as if it had never passed."""
         pacer: Pacer = self._node.pacer
-        with pacer:
+        with pacer.lock:
             self._hand_back_locked()
             if self._in_line is not None:
                 self._in_line.line.credit_flows(self._amounts)
@@ -268,15 +267,17 @@ class Lease(OfThisProcess):
             except (CostExceedsLimit, AcquireTimeout):  # whoever raised it took the waiter out
                 raise
             except BaseException as error:
-                pacer.do(pacer.withdraw_locked, waiter)
-                if pacer.news and not isinstance(error, GeneratorExit):  # a finalizer tells nobody
-                    pacer.catch_up()
+                pacer.lock.do(pacer.withdraw_locked, waiter)
+                if pacer.lock.news and not isinstance(
+                    error, GeneratorExit
+                ):  # a finalizer tells nobody
+                    pacer.lock.catch_up()
                 raise
             if not in_time:
                 raise report.too_late(  # noqa: TRY301 - counted below
                     node, amounts, self._priority, asked, deadline
                 )
-            waiter.lease = None  # the dispatcher may remember a deadline for long
+            del waiter.lease  # the dispatcher may remember a deadline for long
         except BaseException as error:
             self._state = OVER
             if isinstance(error, report.REFUSALS):
@@ -291,7 +292,8 @@ class Lease(OfThisProcess):
         """Stand in line, unless that is hopeless."""
         node, amounts = self._node, self._amounts
         pacer: Pacer = node.pacer
-        pacer.lock.acquire()  # `with` would take twice the time
+        lock = pacer.lock
+        lock.acquire()  # `with` would take twice the time
         try:
             now = pacer.clock()
             node.check(amounts)
@@ -314,24 +316,17 @@ class Lease(OfThisProcess):
             self._stand_locked(waiter, now)
             return waiter
         finally:
-            pacer.lock.release()
-            if pacer.jobs:
-                pacer.catch_up()
+            lock.release()
+            if lock.jobs:
+                lock.catch_up()
 
     def _stand_locked(self, waiter: AnyWaiter, now: int) -> None:
         """Have ``waiter`` stand in line."""
         self._node.pacer.join_locked(waiter, self._node, now, self._priority)
 
-    def _declines_locked(self, waiter: AnyWaiter, now: int) -> bool:
-        """Tell whether ``waiter``, which stands in several lines, leaves the one where it may pass now."""
-        raise NotImplementedError
-
-    def _seek_locked(self, waiter: AnyWaiter, now: int) -> None:
-        """Have ``waiter`` stand wherever else it may pass by now: nowhere, if there is one way only."""
-
     def _reprice(self, amounts: Mapping[str, int]) -> None:
         """Ask for ``amounts`` instead, in its place in line; once admitted, it is settled."""
-        self._node.pacer.do_and_tell(self._reprice_locked, amounts)
+        self._node.pacer.lock.do_and_tell(self._reprice_locked, amounts)
 
     def _reprice_locked(self, amounts: Mapping[str, int]) -> None:
         pacer: Pacer = self._node.pacer
@@ -348,7 +343,7 @@ class Lease(OfThisProcess):
             with contextlib.suppress(StopIteration):
                 (self._admit(dispatcher) if self.accounts else self._wait(dispatcher)).send(None)
         finally:
-            pacer.do(pacer.dispatchers.pop, dispatcher, None)
+            pacer.lock.do(pacer.dispatchers.pop, dispatcher, None)
 
     def _refuse(self) -> None:
         """Refuse the call, which cannot pass now."""
@@ -451,7 +446,7 @@ class Lease(OfThisProcess):
     def _settle(self, used: dict[str, int]) -> None:
         if self._state < HELD:
             raise RuntimeError("this call has not been admitted yet: await it, or enter it")
-        self._node.pacer.do_and_tell(self._settle_locked, used)
+        self._node.pacer.lock.do_and_tell(self._settle_locked, used)
 
     def _settle_locked(self, used: dict[str, int]) -> None:
         """Correct the meters to ``used``, and admit calls that fit into what comes back."""
@@ -478,7 +473,7 @@ class Lease(OfThisProcess):
                 self._in_line.line.credit_flows(before, after)
             for account in self.accounts:
                 account.settled(self, before, after)
-        if rings:
+        if rings and pacer.waiting:
             pacer.ring_locked(node)
 
     def _booked(self) -> "Ledger":
@@ -498,7 +493,7 @@ class Lease(OfThisProcess):
         are not worth it.
         """
         pacer: Pacer = self._node.pacer
-        with pacer:
+        with pacer.lock:
             now = pacer.clock()
             if now - self.began("ok") >= _REDATE_AFTER:
                 self._booked().redate(now)
@@ -512,7 +507,7 @@ class Lease(OfThisProcess):
         if (
             ATOMIC
             and self._state in OPEN
-            and pacer.is_plain
+            and self._dispatcher.dispatch is not None
             and not (self.accounts or pacer.waiting or pacer.observed)
         ):
             # No other thread interleaves between the tests and the first store. Whoever is about to
@@ -522,7 +517,7 @@ class Lease(OfThisProcess):
             for level in self._route.levels:
                 level.in_flight -= 1
             if pacer.waiting:
-                pacer.do(pacer.ring_locked, node)
+                pacer.lock.do(pacer.ring_locked, node)
             return
         self._end("ok")
 
@@ -570,7 +565,7 @@ class Lease(OfThisProcess):
 
     def _end(self, outcome: Outcome) -> None:
         if self._state in OPEN:
-            self._node.pacer.do_and_tell(self._end_locked, outcome)
+            self._node.pacer.lock.do_and_tell(self._end_locked, outcome)
 
     def _end_locked(self, outcome: Outcome) -> None:
         if self._state not in OPEN or self._dispatcher.dispatch is None:
@@ -624,7 +619,7 @@ class Lease(OfThisProcess):
         if state == OVER:
             return
         if state in OPEN:  # a finalizer may run anywhere, even inside the lock
-            self._node.pacer.do(self._end_locked, "failed")
+            self._node.pacer.lock.do(self._end_locked, "failed")
         elif state == ASKED:
             _warn_of_first(self._node)
 

@@ -13,7 +13,7 @@ from asyncbucket.engine.context import (
     span_of,
 )
 from asyncbucket.engine.cost import COMMON, Cost, amounts_of
-from asyncbucket.engine.dispatchers import OfThisProcess, discard_closed
+from asyncbucket.engine.dispatchers import OfThisProcess
 from asyncbucket.engine.events import Callback, LimitChanged, LimitLearned, Observers, Paused
 from asyncbucket.engine.interfaces import PauseMeter, Sizer
 from asyncbucket.engine.lease import Lease
@@ -184,8 +184,8 @@ class Limiter(OfThisProcess):
         )
         if not lease._take_now():
             pacer: Pacer = lease._node.pacer
-            with pacer:
-                discarded = pacer.waiting and discard_closed(pacer)
+            with pacer.lock:
+                discarded = pacer.waiting and pacer.discard_closed()
             if not (discarded and lease._take_now()):
                 lease._refuse()
         return lease
@@ -330,7 +330,7 @@ class Limiter(OfThisProcess):
         child = self._children.get(read_name(name))
         if child is None:
             made = self._make_child(name, given)
-            with self._node.pacer:  # another thread may ask for it, too
+            with self._node.pacer.lock:  # another thread may ask for it, too
                 self._children = self._children or {}
                 child = self._children.setdefault(name, made)
         if (limits or terms) and given != child._terms:
@@ -342,7 +342,7 @@ class Limiter(OfThisProcess):
 
     def _make_child(self, name: str, terms: Terms) -> Self:
         """Return a new limiter below this one."""
-        with self._node.pacer:
+        with self._node.pacer.lock:
             child = self._of(self._make_node(name), terms)
             child._start(terms)
         return child
@@ -394,7 +394,7 @@ class Limiter(OfThisProcess):
             raise ValueError("a pause must end: give a finite number of seconds")
         node = self._node
         pacer: Pacer = node.pacer
-        with pacer:
+        with pacer.lock:
             now, bystander = pacer.clock(), node.path[-1].bystander
             if reason in ("429", "daily quota"):
                 node.count("upstream_429")
@@ -412,7 +412,7 @@ class Limiter(OfThisProcess):
         """End a pause now, whatever began it; of a store, other processes go on with theirs."""
         node = self._node
         pacer: Pacer = node.pacer
-        with pacer:
+        with pacer.lock:
             now = pacer.clock()
             for pause in node.pauses():
                 pause.end(now)
@@ -421,7 +421,7 @@ class Limiter(OfThisProcess):
     def leave_shadow(self) -> None:
         """Pace the calls of the whole tree from now on, as limits that were booked in the shadow allow."""
         root = self._node.path[-1]
-        with root.pacer:
+        with root.pacer.lock:
             root.bystander = None
             root.forget()
 
@@ -441,7 +441,7 @@ class Limiter(OfThisProcess):
         node = self._node
         pacer: Pacer = node.pacer
         self._check_place([limit], None)
-        with pacer:
+        with pacer.lock:
             known = node.limits.get(limit.key)
             if node.limits.keys() - node.learned or (known and known.amount == limit.amount):
                 return
@@ -471,7 +471,7 @@ class Limiter(OfThisProcess):
         node = self._node
         pacer: Pacer = node.pacer
         self._check_place(given, concurrency)
-        with pacer:
+        with pacer.lock:
             if new_weight is not None:
                 for each in (node, *node.ways):
                     reweigh(each, new_weight)
@@ -515,13 +515,13 @@ class Limiter(OfThisProcess):
         """
         node = self._node
         pacer: Pacer = node.pacer
-        with pacer:
+        with pacer.lock:
             node.observers = node.observers or Observers()
             remove = node.observers.add(callback)
             pacer.count_observers(1)
 
         def unobserve() -> None:
-            with pacer:
+            with pacer.lock:
                 pacer.count_observers(-remove())
 
         return unobserve
@@ -572,7 +572,7 @@ class Limiter(OfThisProcess):
 
     def statistics(self) -> Statistics:
         """Return a frozen snapshot: what passed, what waits, and what for; children included."""
-        with self._node.pacer:
+        with self._node.pacer.lock:
             return statistics_locked(self._node)
 
     def __repr__(self) -> str:

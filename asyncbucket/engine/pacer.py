@@ -19,28 +19,23 @@ than that.
 
 The lock is never held across an await, and no code of a user runs under it. Work that must not wait
 for it (a lease that is settled, released, or finalized by the garbage collector, which may
-interrupt the very thread that holds it) is left to its holder: `Pacer.do`. Every release of the lock
+interrupt the very thread that holds it) is left to its holder: `DeferringLock.do`. Every release of the lock
 runs what was left.
 """
 
 import asyncio
-import collections
 import contextlib
-import logging
-import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import InvalidStateError
 from functools import partial
 from typing import Any, Final
 
-from asyncbucket.engine import dispatchers
 from asyncbucket.engine.cost import Cost
 from asyncbucket.engine.dispatchers import (
-    EMPTY,
     GRACE,
-    NOWHERE,
-    Dispatcher,
+    DeferringLock,
     Dispatchers,
+    Stalls,
     reset_after_fork,
 )
 from asyncbucket.engine.errors import AsyncBucketError, CostExceedsLimit
@@ -48,7 +43,16 @@ from asyncbucket.engine.events import Cancelled, Event
 from asyncbucket.engine.interfaces import Place
 from asyncbucket.engine.meters import NEVER, Amounts, Meters, Route, admit, leeway, take, untake
 from asyncbucket.engine.node import Node, shown_name
-from asyncbucket.engine.queue import AnyWaiter, Branch, Line, line_of, wake
+from asyncbucket.engine.queue import (
+    EMPTY,
+    NOWHERE,
+    AnyWaiter,
+    Branch,
+    Dispatcher,
+    Line,
+    line_of,
+    wake,
+)
 from asyncbucket.engine.terms import read_clocks
 
 #: The most admissions in one dispatch, before other tasks of the loop get their turn.
@@ -57,8 +61,6 @@ BATCH: Final = 256
 CROWD: Final = 64
 #: A waiter may be cancelled between any two lines: by a signal handler.
 _DONE: Final = (asyncio.InvalidStateError, InvalidStateError)
-
-_log: Final = logging.getLogger("asyncbucket")
 
 
 class Pacer:
@@ -79,29 +81,15 @@ class Pacer:
         #: What the wall clock shows at an instant of the clock.
         self.wall = read_clocks(clock, wall_clock)
         self.root = Node(name, pacer=self)
-        self.lock = threading.Lock()
-        #: Work for whoever releases the lock; and what to tell observers and the log once it is
-        #: released, unless by a finalizer.
-        self.jobs: collections.deque[Callable[[], object]] = collections.deque()
-        self.news: collections.deque[Callable[[], object]] = collections.deque()
+        self.lock = DeferringLock()
         #: How many observers there are; while it is 0, no events are made.
         self.observed = 0
-        #: Where all who wait compete: the priorities, above the root's own branches.
-        self.top = Branch(self.root, None, 1.0)
-        #: How many calls wait, in any of the trees that share its lock.
-        self.waiting = 0
         #: What last held up the head.
         self.bound_by: str | None = None
-        #: Since when nobody has passed of those who wait; and whether it was said already that slots
-        #: do not come back.
-        self.since = 0
-        self.has_warned = False
         #: What keeps the root's limits, if they are not kept here.
         self.place: Place | None = None
-        #: Whether nobody has to be told when a call ends: no limiter finds its number of slots, no
-        #: store keeps them, and all open calls were made in this process.
-        self.is_plain = True
         self.dispatchers = Dispatchers(self.dispatch)
+        self._set_up()
         #: The trees that dispatch together, because calls may wait in several of them: see `share`.
         self.trees: tuple[Pacer, ...] = (self,)
         #: Where the first that it refused stands, and what that costs; None once anything else counts;
@@ -119,60 +107,16 @@ class Pacer:
         self.observed = sum(tree.observed for tree in self.trees)
         for tree in others:
             tree.trees, tree.observed = self.trees, self.observed
-        self._share_lock()
+            tree.lock, tree.dispatchers = self.lock, self.dispatchers
+            tree.stalls = Stalls(tree.top, self.dispatchers, self.clock, self.lock.news)
 
-    def _share_lock(self) -> None:
-        for tree in self.trees:
-            tree.lock, tree.jobs, tree.news, tree.dispatchers = (
-                self.lock,
-                self.jobs,
-                self.news,
-                self.dispatchers,
-            )
-
-    # --- the lock ---
-
-    def __enter__(self) -> None:
-        self.lock.acquire()
-
-    def __exit__(self, *_: object) -> None:
-        self.lock.release()
-        if self.jobs or self.news:
-            self.catch_up()
-
-    def do(self, job: Callable[..., object], *args: object) -> None:
-        """Run ``job`` with the lock held: now, or when its holder is done; never wait for it."""
-        if self.jobs or not self.lock.acquire(False):  # a keyword would take twice the time
-            self.jobs.append(partial(job, *args))
-        else:
-            try:
-                job(*args)
-            finally:
-                self.lock.release()
-        if self.jobs:
-            self.catch_up(tell=False)
-
-    def do_and_tell(self, job: Callable[..., object], *args: object) -> None:
-        """Do it, and tell the news: not for finalizers, which may run anywhere."""
-        self.do(job, *args)
-        if self.news:
-            self.catch_up()
-
-    def catch_up(self, *, tell: bool = True) -> None:
-        """Run what was left to whoever releases the lock, in order, and tell the news."""
-        while self.jobs and self.lock.acquire(False):  # a keyword would take twice the time
-            try:
-                self.run_jobs_locked()
-            finally:
-                self.lock.release()
-        while tell and self.news:
-            with contextlib.suppress(IndexError):  # another thread was faster
-                self.news.popleft()()
-
-    def run_jobs_locked(self) -> None:
-        """Run what was left to the holder of the lock."""
-        while self.jobs:
-            self.jobs.popleft()()
+    def _set_up(self) -> None:
+        """Begin with nobody in line."""
+        #: How many calls wait, in any of the trees that share its lock.
+        self.waiting = 0
+        #: Where all who wait compete: the priorities, above the root's own branches.
+        self.top = Branch(self.root, None, 1.0)
+        self.stalls = Stalls(self.top, self.dispatchers, self.clock, self.lock.news)
 
     # --- events ---
 
@@ -188,12 +132,12 @@ class Pacer:
         if self.observed:
             when = (self.clock() if at is None else at) * 1e-9
             event = event_type(limiter=shown_name(node.path[0].name), at=when, **fields)
-            self.news.append(partial(node.emit, event))
+            self.lock.news.append(partial(node.emit, event))
 
     def notify(self, node: Node, event_type: type[Event], **fields: Any) -> None:
         """Tell them now, in this thread; without the lock."""
         self.notify_locked(node, event_type, **fields)
-        self.catch_up()
+        self.lock.catch_up()
 
     # --- standing in line ---
 
@@ -208,8 +152,6 @@ class Pacer:
         waiter.lines = line.only
         line.join(waiter, now)
         self.count_in(waiter, 1)
-        for each in node.chain:
-            each.waiting += 1
         if deadline is not None:
             dispatcher.watch(waiter, deadline)
         end = EMPTY if deadline is None else deadline
@@ -222,16 +164,14 @@ class Pacer:
         """Let a dispatcher sleep whose call waits alone, without a dispatch; return whether that will do."""
         dispatcher = waiter.dispatcher
         for tree in self.trees:
-            tree.since = now
+            tree.stalls.since = now
         if self.place is not None or len(self.trees) > 1:
             return False
         due, bound_by = admit(line.node.route, waiter.amounts, now, now, book=False)
         self.bound_by = line.bound_by = bound_by
         if due <= now or (due == NEVER and not dispatcher.leases):  # see `override`
             return False
-        dispatcher.sleep(
-            min(dispatchers.wait_for_slots(self, now) if due == NEVER else due, end), now
-        )
+        dispatcher.sleep(min(self.stalls.wait_for_slots(now) if due == NEVER else due, end), now)
         return True
 
     def join_all_locked(
@@ -239,13 +179,8 @@ class Pacer:
     ) -> None:
         """Let ``waiter`` stand in line at all ``nodes``, of several trees."""
         self.join_locked(waiter, nodes[0], now, priority)
-        waiter.lines = lines = tuple(line_of(node, priority) for node in nodes)
-        for line in lines[1:]:
-            line.join(waiter, now)
-            for each in line.node.chain:
-                each.waiting += 1
-            if line.living == 1:
-                waiter.dispatcher.ring(now)
+        for node in nodes[1:]:
+            node.pacer.join_too_locked(waiter, node, now)
 
     def join_too_locked(self, waiter: AnyWaiter, node: Node, now: int) -> None:
         """Let a call that waits stand in line at ``node``, too: it has its place by order of arrival."""
@@ -254,8 +189,6 @@ class Pacer:
             return
         waiter.lines = (*waiter.lines, line)
         line.join(waiter, now)
-        for each in node.chain:
-            each.waiting += 1
         if line.living == 1:
             waiter.dispatcher.ring(now)
 
@@ -265,8 +198,6 @@ class Pacer:
         for line in waiter.lines:
             if line is not served:
                 line.depart()
-            for each in line.node.chain:
-                each.waiting -= 1
         waiter.lines = ()
 
     def leave_stores(self, waiter: AnyWaiter) -> None:
@@ -286,8 +217,7 @@ class Pacer:
         self.leave_stores(waiter)
         self.leave_lines(waiter)
         self.count_in(waiter, -1)
-        for account in waiter.lease.accounts if waiter.lease is not None else ():
-            account.gave_up(waiter.lease)
+        waiter.lease._gave_up_locked()  # noqa: SLF001 - no user is to see it
         waiter.dispatcher = NOWHERE
         for line in lines or (waiter.line,):
             self.ring_locked(line.node, now)
@@ -313,10 +243,7 @@ class Pacer:
         if dispatcher is NOWHERE:  # its time was up, it failed, or its loop was closed
             return
         if waiter.done() and not waiter.cancelled():
-            if waiter.lease is None:
-                untake(node.route, waiter.amounts, waiter.asked)
-            else:
-                waiter.lease._hand_back_locked()  # noqa: SLF001 - no user is to see it
+            waiter.lease._hand_back_locked(waiter)  # noqa: SLF001 - no user is to see it
             waiter.line.credit_flows(waiter.amounts)
             self.ring_locked(node, now)
         else:
@@ -337,7 +264,7 @@ class Pacer:
                 loop.call_soon_threadsafe(self._fail_here, waiter, error)
 
     def _fail_here(self, waiter: AnyWaiter, error: AsyncBucketError) -> None:
-        with self:  # `do` might leave it to another thread, and futures are not for those
+        with self.lock:  # `do` might leave it to another thread, and futures are not for those
             self._fail(waiter, error)
 
     def _fail(self, waiter: AnyWaiter, error: AsyncBucketError) -> None:
@@ -360,7 +287,7 @@ class Pacer:
             head, _ = self.top.head(now)
             if head is None:
                 return True
-            if not dispatchers.is_late(self, head.dispatcher, now):
+            if not self.is_late(head.dispatcher, now):
                 return False
 
     def next_dispatch_locked(self, now: int) -> int:
@@ -380,7 +307,7 @@ class Pacer:
         now = self.clock() if now is None else now
         for dispatcher in self.dispatchers.values():
             if dispatcher.waiting and not dispatcher.ring(now):
-                dispatchers.discard(self, dispatcher)
+                self._discard(dispatcher)
 
     def limits_changed_locked(self, node: Node) -> None:
         """Send newcomers and those who wait through the meters of ``node`` as they are now."""
@@ -422,17 +349,48 @@ class Pacer:
         self.dispatchers.departures += 1
         waiter.lines = tuple(each for each in waiter.lines if each is not line)
         line.depart()
-        for each in line.node.chain:
-            each.waiting -= 1
+
+    # --- loops that do not run ---
+
+    def is_late(self, dispatcher: Dispatcher, now: int) -> bool:
+        """Tell whether ``dispatcher`` missed its turn; if so, its calls are parked until it dispatches."""
+        if dispatcher.is_closed():
+            dispatcher.is_late = True
+            self._discard(dispatcher)
+        elif now > dispatcher.wakes_at + GRACE:
+            dispatcher.is_late = True
+        return dispatcher.is_late
+
+    def discard_closed(self) -> bool:
+        """Count out all who wait on loops that were closed; return whether there were any."""
+        waiting = (each for each in self.dispatchers.values() if each.waiting)
+        closed = [each for each in waiting if each.is_closed()]
+        for dispatcher in closed:
+            self._discard(dispatcher)
+        return bool(closed)
+
+    def _discard(self, dispatcher: Dispatcher) -> None:
+        """Count out all who wait on ``dispatcher``, whose loop was closed."""
+        lines = {line for tree in self.trees for line in tree.top.lines()}
+        lines |= {line for line, _ in dispatcher.parked}
+        parked = (waiter for _, waiter in dispatcher.parked)
+        for waiter in [*(each for line in lines for each in line.calls), *parked]:
+            if waiter.dispatcher is dispatcher and waiter.lines:
+                self.leave_lines(waiter)
+                self.count_in(waiter, -1)
+                waiter.dispatcher = NOWHERE
+        for line in lines:
+            line.refill(each for each in line.calls if each.dispatcher is not NOWHERE)
+        dispatcher.parked.clear()
 
     # --- dispatching ---
 
     def dispatch(self, dispatcher: Dispatcher) -> None:
         """Admit the calls of ``dispatcher`` that may go, end those whose time is up, sleep until the next."""
-        with self:
+        with self.lock:
             now = self.clock()
             if dispatcher.is_late or dispatcher.parked:
-                dispatchers.unpark(dispatcher)
+                dispatcher.unpark()
             due = self._dispatch_all(dispatcher, now) if self.waiting else EMPTY
             end, _ = dispatcher.first_deadline()
             if end <= now < due:  # else the head may still pass
@@ -472,7 +430,7 @@ class Pacer:
     def _end_waits(self, dispatcher: Dispatcher, now: int) -> int:
         """Resolve the waiters whose deadline has come; return when the next one does."""
         end, waiter = dispatcher.first_deadline()
-        while end <= now:
+        while waiter is not None and end <= now:
             if waiter.deadline is None or end < waiter.deadline:
                 dispatcher.seeks()
                 waiter.lease._seek_locked(waiter, now)  # noqa: SLF001 - as above
@@ -506,7 +464,7 @@ class Pacer:
                 self.bound_by = line.bound_by = bound_by
                 self.refused = (line, waiter.amounts) if has_ways else None
             if not is_ours:
-                if dispatchers.is_late(self, waiter.dispatcher, now):
+                if self.is_late(waiter.dispatcher, now):
                     continue
                 return self.leave_to(waiter.dispatcher, due, now)
             if due > now:
@@ -565,7 +523,7 @@ class Pacer:
             untake(line.node.route, amounts, now)
             return 0
         self.top.charge(line, amounts)
-        self.since = line.since = now
+        self.stalls.since = line.since = now
         line.depart()
         if len(line.node.chain) > 2:  # noqa: PLR2004 - a limiter above may sleep because of another call
             wake(line.node)
@@ -579,11 +537,8 @@ class Pacer:
             waiter.set_result(True)
         except _DONE:  # cancelled since it was asked for, in a signal handler
             return False
-        if waiter.lease is not None:
-            route = route or waiter.line.node.route
-            waiter.lease._hold_locked(now, waiter, bound_by, route)  # noqa: SLF001 - as above
-        else:
-            waiter.asked = now  # from now on when it passed
+        route = route or waiter.line.node.route
+        waiter.lease._hold_locked(now, waiter, bound_by, route)  # noqa: SLF001 - as above
         return True
 
     def _push(self, waiter: AnyWaiter, place: Place, now: int) -> None:
@@ -626,7 +581,7 @@ class Pacer:
 
     def override(self, dispatcher: Dispatcher, now: int) -> int:
         """Let one call pass without a slot if all are held where nothing runs; return when to dispatch again."""
-        waiter, due = dispatchers.beyond_slots(self, dispatcher, now)
+        waiter, due = self.stalls.beyond_slots(dispatcher, now)
         if waiter is not None:
             take(waiter.line.node.route, waiter.amounts, now)
             self.serve(waiter, now)
@@ -634,12 +589,7 @@ class Pacer:
 
     def after_fork(self) -> None:
         """Start afresh in a child process: the parent's loops, waiters and leases are not here."""
-        self.is_plain = False
         self.dispatchers.after_fork()
-        self.lock = threading.Lock()
-        self.jobs.clear()
-        self.news.clear()
-        self.waiting = 0
-        self.top = Branch(self.root, None, 1.0)
+        self.lock.after_fork()
+        self._set_up()
         self.root.after_fork()
-        self._share_lock()

@@ -41,17 +41,114 @@ import bisect
 import concurrent.futures
 import heapq
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final, TypeAlias
 
-from asyncbucket.engine.dispatchers import EMPTY, SWEEP, Dispatcher
-from asyncbucket.engine.meters import Amounts, admit
+from asyncbucket.engine.meters import NEVER, Amounts, Route, admit
 from asyncbucket.engine.node import Node
 
+#: "Nobody is left": later even than `NEVER`, which may still end when something is given back.
+EMPTY: Final = NEVER << 1
+#: Sweeping pays from this many done entries on.
+SWEEP: Final = 64
 #: The ratio of the weights of neighboring priorities among those that wait.
 _STEP: Final = 8.0
 #: When (ns) to look again whether what keeps a tenant's limits takes another call.
 _LATER: Final = 1_000_000_000
+
+#: Serves the queue for a dispatcher, and lets it sleep until it must dispatch again.
+Dispatch: TypeAlias = Callable[["Dispatcher"], None]
+
+
+class Dispatcher:
+    """Where calls wait; by itself, only where leases are held: in plain threads."""
+
+    #: Its event loop, if it is one.
+    loop: asyncio.AbstractEventLoop | None = None
+
+    def __init__(self, dispatch: Dispatch | None = None) -> None:
+        #: None once its calls count nowhere any more: its process was forked.
+        self.dispatch = dispatch
+        #: Where the leases of its calls count: those of a waiting thread belong to the loop that it
+        #: blocks, or to all threads.
+        self.home: Dispatcher = self
+        #: Open leases of calls made here, and calls that wait here.
+        self.leases = self.waiting = 0
+        #: When it dispatches next.
+        self.wakes_at = EMPTY
+        #: Whether it missed its turn; then its calls are parked until it dispatches.
+        self.is_late = False
+        self.parked: list[tuple[Line, AnyWaiter]] = []
+        self._deadlines: list[tuple[int, AnyWaiter]] = []
+
+    def ring(self, now: int) -> bool:
+        """Make it dispatch soon; from any thread, with the lock held. Return whether it can be rung."""
+        raise NotImplementedError
+
+    def sleep(self, until: int, now: int) -> None:
+        """Have it dispatch at ``until``, if the bell does not ring before."""
+
+    def is_closed(self) -> bool:
+        """Tell whether nothing can run here any more."""
+        return self.loop is not None and self.loop.is_closed()
+
+    def watch(self, waiter: "AnyWaiter", deadline: int) -> None:
+        """Note that the time of ``waiter`` is up at ``deadline``."""
+        heapq.heappush(self._deadlines, (deadline, waiter))
+        if len(self._deadlines) > 2 * self.waiting + SWEEP:
+            self._deadlines = [each for each in self._deadlines if not each[1].done()]
+            heapq.heapify(self._deadlines)
+
+    def seeks(self) -> None:
+        """Forget the first deadline: who has it seeks another way, and waits on."""
+        heapq.heappop(self._deadlines)
+
+    def first_deadline(self) -> "tuple[int, AnyWaiter | None]":
+        """Return the first deadline of those that still wait, and who has it."""
+        deadlines = self._deadlines
+        while deadlines and deadlines[0][1].done():
+            heapq.heappop(deadlines)
+        return deadlines[0] if deadlines else (EMPTY, None)
+
+    def unpark(self) -> None:
+        """Put parked calls back in their places."""
+        self.is_late = False
+        parked, self.parked = self.parked, []
+        for line in dict.fromkeys(
+            line for line, _ in parked if line.living
+        ):  # else all have given up
+            line.refill([*(waiter for each, waiter in parked if each is line), *line.calls])
+            line.arrive()
+
+
+#: The dispatcher of calls that were counted out: they gave up, or their loop was closed.
+NOWHERE: Final = Dispatcher()
+
+
+class Call:
+    """Hear what becomes of a waiter: a lease, or a token bucket for all its calls; with the lock held."""
+
+    __slots__ = ()
+
+    def _hold_locked(
+        self, now: int, waiter: "AnyWaiter", bound_by: str | None, route: Route
+    ) -> None:
+        """Hold what ``waiter`` was given on ``route`` at ``now``, after it had waited."""
+        raise NotImplementedError
+
+    def _hand_back_locked(self, waiter: "AnyWaiter") -> None:
+        """Give back what ``waiter`` was just handed: it gave up at that very moment."""
+        raise NotImplementedError
+
+    def _gave_up_locked(self) -> None:
+        """Take in that the waiter has left its line without being admitted."""
+
+    def _seek_locked(self, waiter: "AnyWaiter", now: int) -> None:
+        """Have ``waiter`` stand wherever else it may pass by now: nowhere, if there is one way only."""
+
+    def _declines_locked(self, waiter: "AnyWaiter", now: int) -> bool:
+        """Tell whether ``waiter``, which stands in several lines, leaves the one where it may pass now."""
+        raise NotImplementedError
 
 
 class _Waiting:
@@ -62,8 +159,8 @@ class _Waiting:
     amounts: Amounts  # pyright: ignore[reportUninitializedInstanceVariable]
     #: When it joined.
     asked: int  # pyright: ignore[reportUninitializedInstanceVariable]
-    #: What holds the booking once it has passed; a bucket's calls have none.
-    lease: Any  # pyright: ignore[reportUninitializedInstanceVariable]
+    #: What is to hold what it is given.
+    lease: Call  # pyright: ignore[reportUninitializedInstanceVariable]
     #: The place in the order of arrival.
     number: int  # pyright: ignore[reportUninitializedInstanceVariable]
     #: Where it stands now: usually in one line. If in several, the first where it is next lets it go.
@@ -166,6 +263,8 @@ class Line(Flow):
         if not self.competes:  # also if all who stood here have given up
             self.arrive()
         self.living += 1
+        for each in self.node.chain:
+            each.waiting += 1
 
     def arrive(self) -> None:
         """Let flows compete that were empty, or asleep, here and above; somebody waits here anew."""
@@ -180,9 +279,11 @@ class Line(Flow):
                 branch.add(flow)
             flow = branch
 
-    def depart(self, calls: int = 1) -> None:
-        """Count out ``calls`` calls that are done, wherever they stand."""
-        self.living -= calls
+    def depart(self) -> None:
+        """Count out a call that is done, wherever it stands."""
+        self.living -= 1
+        for each in self.node.chain:
+            each.waiting -= 1
         flow: Flow = self
         while not flow.living and (branch := flow.above) is not None:
             branch.leave(flow)

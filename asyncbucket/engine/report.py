@@ -11,7 +11,6 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from asyncbucket.engine.cost import Cost
-from asyncbucket.engine.dispatchers import discard_closed
 from asyncbucket.engine.errors import (
     AcquireTimeout,
     AsyncBucketError,
@@ -58,7 +57,7 @@ def refuse(node: Node, amounts: Amounts, priority: int) -> None:
         CostExceedsLimit: it can never pass.
     """
     try:
-        with node.pacer:
+        with node.pacer.lock:
             node.check(amounts)
             raise _refusal_locked(WouldBlock, node, amounts, priority, _AT_ONCE, _WAIT)
     except REFUSALS as error:
@@ -71,7 +70,7 @@ def too_late(
 ) -> AcquireTimeout:
     """Return the error of a call whose time is up."""
     assert deadline is not None
-    with node.pacer:
+    with node.pacer.lock:
         return too_late_locked(node, amounts, priority, asked, deadline)
 
 
@@ -92,7 +91,7 @@ def too_late_locked(
 def count_refusal(node: Node, amounts: Amounts, error: AsyncBucketError) -> None:
     """Count a refused call, and tell observers."""
     pacer: Pacer = node.pacer
-    with pacer:
+    with pacer.lock:
         node.count("refused")
     if pacer.observed:
         pacer.notify(
@@ -210,8 +209,8 @@ def _reason_locked(
 def statistics_locked(node: Node) -> Statistics:
     """Return what passed at ``node`` and below, what waits, and what for."""
     pacer: Pacer = node.pacer
-    pacer.run_jobs_locked()
-    discard_closed(pacer)
+    pacer.lock.run_jobs_locked()
+    pacer.discard_closed()
     now, counts = pacer.clock(), Counter(node.counts)
     return Statistics(
         name=node.name,

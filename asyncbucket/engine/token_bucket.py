@@ -3,14 +3,14 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final, Self
+from typing import Final, Self
 
 from asyncbucket.engine.context import deadline_of
-from asyncbucket.engine.dispatchers import ATOMIC, OfThisProcess, discard_closed
+from asyncbucket.engine.dispatchers import ATOMIC, OfThisProcess
 from asyncbucket.engine.errors import AcquireTimeout, CostExceedsLimit, WouldBlock
-from asyncbucket.engine.meters import Amounts, Bucket, admit
+from asyncbucket.engine.meters import Amounts, Bucket, Route, admit, untake
 from asyncbucket.engine.pacer import Pacer
-from asyncbucket.engine.queue import Waiter
+from asyncbucket.engine.queue import AnyWaiter, Call, Waiter
 from asyncbucket.engine.wording import counted, in_seconds, is_integer, is_number, read_count, shown
 
 _ONE: Final[Amounts] = {"units": 1}
@@ -29,7 +29,7 @@ class BucketStatistics:
     waiting: int
 
 
-class TokenBucket(OfThisProcess):
+class TokenBucket(Call, OfThisProcess):
     """Let ``rate`` units a second pass, and at most ``burst`` units at once.
 
     In any interval of t seconds at most ``burst + rate * t`` units pass. Calls pass in order of
@@ -66,7 +66,7 @@ class TokenBucket(OfThisProcess):
         self._node = self._pacer.root
         self._node.extra = ((self._bucket, "units"),)
         #: The amount that passes without the lock while nobody waits: 1, or none.
-        self._open: Any = 1 if ATOMIC else None
+        self._open: int | None = 1 if ATOMIC else None
 
     async def acquire(self, amount: int = 1, timeout: float | None = None) -> None:
         """Wait until ``amount`` units may pass, at most ``timeout`` seconds.
@@ -104,7 +104,7 @@ class TokenBucket(OfThisProcess):
             if await waiter:
                 return
         except BaseException:
-            self._pacer.do(self._withdraw_locked, waiter)
+            self._pacer.lock.do(self._withdraw_locked, waiter)
             del waiter  # else the error's traceback would keep it alive
             raise
         raise self._timeout_error("gave up after", amount, timeout, self._wait_of(waiter.amounts))
@@ -118,9 +118,9 @@ class TokenBucket(OfThisProcess):
             CostExceedsLimit, ValueError: as for `acquire`.
         """
         amounts = self._amounts(amount)
-        with self._pacer:
+        with self._pacer.lock:
             taken = self._take_locked(amounts, self._clock()) or (
-                discard_closed(self._pacer) and self._take_locked(amounts, self._clock())
+                self._pacer.discard_closed() and self._take_locked(amounts, self._clock())
             )
         if not taken:
             retry_after = self._wait_of(amounts) * 1e-9
@@ -150,8 +150,8 @@ class TokenBucket(OfThisProcess):
 
     def statistics(self) -> BucketStatistics:
         """Return a frozen snapshot."""
-        with self._pacer:
-            discard_closed(self._pacer)
+        with self._pacer.lock:
+            self._pacer.discard_closed()
             return BucketStatistics(self._bucket.available(self._clock()), self._pacer.waiting)
 
     def __repr__(self) -> str:
@@ -178,7 +178,8 @@ class TokenBucket(OfThisProcess):
         pacer, now = self._pacer, self._clock()
         amounts = _ONE if amount == 1 and type(amount) is int else self._amounts(amount)
         deadline = None if timeout is None else deadline_of(now, timeout)
-        pacer.lock.acquire()  # `with` would take twice the time
+        lock = pacer.lock
+        lock.acquire()  # `with` would take twice the time
         try:
             if not pacer.waiting and self._take_locked(amounts, now):
                 return None
@@ -188,13 +189,13 @@ class TokenBucket(OfThisProcess):
                     raise self._timeout_error("cannot pass within", amount, timeout, due - now)
             dispatcher = pacer.dispatchers.here()
             waiter = Waiter(loop=dispatcher.loop)
-            waiter.lease, waiter.dispatcher = None, dispatcher
+            waiter.lease, waiter.dispatcher = self, dispatcher
             waiter.amounts, waiter.deadline = amounts, deadline
             pacer.join_locked(waiter, self._node, now)
             return waiter
         finally:
-            pacer.lock.release()
-            pacer.catch_up()
+            lock.release()
+            lock.catch_up()
 
     def _take_locked(self, amounts: Amounts, now: int) -> bool:
         """Take ``amounts`` now if nobody waits longer; keep out callers without the lock."""
@@ -204,6 +205,18 @@ class TokenBucket(OfThisProcess):
         )[0] <= now
         self._open = before
         return taken
+
+    def _hold_locked(
+        self,
+        now: int,
+        waiter: AnyWaiter,
+        bound_by: str | None,  # noqa: ARG002 - for a lease
+        route: Route,  # noqa: ARG002 - as above
+    ) -> None:
+        waiter.asked = now  # from now on when it passed
+
+    def _hand_back_locked(self, waiter: AnyWaiter) -> None:
+        untake(self._node.route, waiter.amounts, waiter.asked)
 
     def _withdraw_locked(self, waiter: Waiter) -> None:
         before, self._open = self._open, None
@@ -223,7 +236,7 @@ class TokenBucket(OfThisProcess):
 
     def _wait_of(self, amounts: Amounts) -> int:
         """Return for how long (ns) at least ``amounts`` cannot pass."""
-        with self._pacer:
+        with self._pacer.lock:
             now = self._clock()
             due, bound_by = self._node.earliest(amounts, now)
             return (due if bound_by else self._pacer.next_dispatch_locked(now)) - now

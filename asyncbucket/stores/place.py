@@ -28,14 +28,14 @@ from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Final
 
-from asyncbucket.engine.dispatchers import Dispatcher, reset_after_fork
+from asyncbucket.engine.dispatchers import reset_after_fork
 from asyncbucket.engine.errors import CostExceedsLimit, StoreError
 from asyncbucket.engine.events import Event, LimitChanged, Outcome
 from asyncbucket.engine.interfaces import Place
 from asyncbucket.engine.limits import Limit
 from asyncbucket.engine.meters import NEVER, Amounts, Meters
 from asyncbucket.engine.node import Node
-from asyncbucket.engine.queue import AnyWaiter, Line
+from asyncbucket.engine.queue import AnyWaiter, Dispatcher, Line
 from asyncbucket.engine.report import too_late_locked
 from asyncbucket.engine.statistics import LimitUse
 from asyncbucket.engine.terms import OnOutage
@@ -316,7 +316,7 @@ class StorePlace(Place):
         Calls in flight keep their slots; the last one to give its slot back disconnects.
         """
         closing: list[concurrent.futures.Future[None]] = []
-        with self._pacer:
+        with self._pacer.lock:
             for place in (*self._below, self):
                 place.fail_all(StoreError(_CLOSED))
                 session = place._session
@@ -332,16 +332,19 @@ class StorePlace(Place):
     def lock(self) -> Generator[None]:
         """Hold the limiter's lock; observers are told on a loop of theirs afterwards."""
         pacer = self._pacer
-        with pacer.lock:
+        pacer.lock.acquire()  # `with` would tell them here
+        try:
             yield
-        pacer.catch_up(tell=False)
-        loops = [each.loop for each in list(pacer.dispatchers.values())] if pacer.news else []
+        finally:
+            pacer.lock.release()
+        pacer.lock.catch_up(tell=False)
+        loops = [each.loop for each in list(pacer.dispatchers.values())] if pacer.lock.news else []
         running = [loop for loop in loops if loop is not None and loop.is_running()]
         here = asyncio._get_running_loop()  # None in a plain thread
         if running and here not in running:
-            running[0].call_soon_threadsafe(pacer.catch_up)
+            running[0].call_soon_threadsafe(pacer.lock.catch_up)
         else:
-            pacer.catch_up()
+            pacer.lock.catch_up()
 
     def notify(self, event_type: type[Event], **fields: Any) -> None:
         """Tell observers; without the lock."""

@@ -14,7 +14,7 @@ from tests.engine.conftest import all_blocked, nothing_is_left, start, used
 
 
 def locked(limiter: Limiter) -> Any:
-    return limiter._node.pacer
+    return limiter._node.pacer.lock
 
 
 @pytest.mark.parametrize("is_locked", [False, True])
