@@ -211,9 +211,14 @@ async def reserve_more(lease: Lease, more: Mapping[str, float], *, blocking: boo
             raise error
 
 
+def admitted_now(lease: Lease) -> bool:
+    """Take everything that a call needs if it needn't wait; return whether it needn't."""
+    return not lease.accounts and lease._try_now()
+
+
 def admit_here(lease: Lease) -> Lease:
     """Block this thread until ``lease`` is admitted."""
-    if lease.accounts or not lease._try_now():
+    if not admitted_now(lease):
         lease._block()
     return lease
 
@@ -240,7 +245,8 @@ def count_cached(lease: Lease, *, read: bool, written: bool, saved: int) -> None
 
     def count() -> None:
         for name, number in ("reads", read), ("writes", written), ("saved_tokens", saved):
-            node.count(name, number)
+            if number:
+                node.count(name, number)
         node.pacer.notify_locked(node, PromptCached, read=read, written=written, saved_tokens=saved)
 
     node.pacer.lock.do_and_tell(count)

@@ -24,10 +24,10 @@ from asyncbucket.levels import (
 from asyncbucket.providers.learn import HeaderReader, Refusals
 from asyncbucket.providers.prefixes import (
     LEAST,
-    MARKS,
     CacheMode,
     Prefixes,
     Prompt,
+    asks_to_cache,
     conversation_of,
 )
 from asyncbucket.providers.prices import Price, priced
@@ -167,13 +167,8 @@ class Lanes:
                 cost = _higher(cost, charge(call, theirs, limits.by_way)[1])
         assert profile is not None
         prompt, conversation = None, None
-        asks = content is not None and (MARKS[0] in content or MARKS[1] in content)
-        is_long = cost is not None and cost.get("input_tokens", 0) >= LEAST
-        site, leads = f"{host} {call.model}", self.cache == "lead"
-        if (table := lane.prefixes) is None:
-            conversation = conversation_of(call.body, site) if is_long else None
-        elif is_long and call.asked.writes and (asks or profile.caches_unasked):
-            prompt = Prompt(table, profile, site, call.body, limits.by_way, leads=leads)
+        if cost is not None and cost.get("input_tokens", 0) >= LEAST:
+            prompt, conversation = self._prefix(lane, call, profile, content, limits.by_way)
         price: Price | None = None
         if limits.counts(USD):
             cost, price = priced(lane.limiter, call, cost)
@@ -181,6 +176,23 @@ class Lanes:
         return ReadRequest(
             lane, call, profile, cost, prompt, conversation, price, teaches, in_memory
         )
+
+    def _prefix(
+        self,
+        lane: Lane,
+        call: Call,
+        profile: Profile,
+        content: bytes | None,
+        by_way: list[list[tuple[str, int]]],
+    ) -> tuple[Prompt | None, str | None]:
+        """Return what a call sends, if it may be cached; in a pool, its conversation."""
+        site = f"{call.host} {call.model}"
+        if lane.prefixes is None:
+            return None, conversation_of(call.body, site)
+        if not (call.asked.writes and (profile.caches_unasked or asks_to_cache(content))):
+            return None, None
+        leads = self.cache == "lead"
+        return Prompt(lane.prefixes, profile, site, call.body, by_way, leads), None
 
     def _new_lane(self, limiter: Limiter, *, paused: Limiter) -> Lane:
         """Return the lane of ``limiter``, of which a refusal pauses ``paused``."""

@@ -403,7 +403,7 @@ class Pacing:
         site = f"{type(call.model).__name__} {model_of(call.model, call.kwargs)}"
         table, leads = Prefixes.of(self.limiter), self.cache == "lead"
         limits = in_force(effective_limiter(self.limiter)).by_way
-        return Prompt(table, self.profile, site, body, limits, leads=leads)
+        return Prompt(table, self.profile, site, body, limits, leads)
 
     def _amounts(self, call: ModelCall, estimate: Estimate) -> dict[str, float]:
         """Return what to reserve; a guess of the output must not make a call impossible."""

@@ -126,6 +126,10 @@ async def test_provider_that_reads_nothing_misleads_us_for_one_call(time: Virtua
         calls = await start(client.post(URL, json=prompt("e")))
         assert used(limiter) == 5 * (SHARED + OWN)
         await asyncio.gather(*calls)
+        assert used(limiter) == 5 * (SHARED + OWN)
+        await client.post(URL, json=prompt("f"))  # nobody relied on that, but it read
+        await start(client.post(URL, json=prompt("g")))
+        assert used(limiter) == 5 * (SHARED + OWN) + 2 * OWN
 
 
 async def test_nothing_is_expected_of_a_provider_that_caches_nothing(time: VirtualTime) -> None:
@@ -175,7 +179,7 @@ async def test_prefix_expires_also_for_calls_in_line(time: VirtualTime) -> None:
         await client.post(URL, json=prompt("a"))
         limiter.pause(400)
         await start(client.post(URL, json=prompt("b")))
-        (waiting,) = Prefixes.of(limiter)._entered
+        (waiting,) = {each for calls in Prefixes.of(limiter)._waiting.values() for each in calls}
         lease = waiting._lease
         assert lease is not None
         assert lease.cost["input_tokens"] == OWN
@@ -299,7 +303,7 @@ def test_ten_thousand_conversations_take_bounded_memory_and_no_text_is_kept(
     tracemalloc.stop()
     assert 0.9 * MOST < len(table._entries) <= MOST
     assert size < 4_500_000
-    kept: list[object] = [table._entries, table._sites, table._waiting, table._entered, *told]
+    kept: list[object] = [table._entries, table._trust, table._waiting, *told]
     kept.append(str(limiter.statistics()))
     assert "secret" not in " ".join([*map(repr, kept), caplog.text])
 
