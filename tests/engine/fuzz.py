@@ -8,8 +8,9 @@ checks:
 - every window of every limit, and every interval of every bucket, at every level, whenever a call
   was admitted; no more calls in flight than there are slots; nobody passes during a pause;
 - order: of the calls of one limiter and priority, none passes one that came first; with agents, that
-  holds within an agent;
+  holds within an agent, and in a pool among the calls that a member can ever take;
 - nobody is admitted after its deadline, or waits while every call that may be next has room;
+- a call that is above a limit wherever it may go is refused as such, and no other is;
 - shares: while calls of two tenants, or of two children, wait at the same limiter with the same
   priority, neither is ahead by more than two calls of each. So it is in every fifth history, in
   which nothing but the root has limits, and calls cost what they reserved;
@@ -192,6 +193,25 @@ class Oracle:
     def above(self, call: Call) -> Iterator[Level]:
         return (self.levels[name] for name in call.path)
 
+    def takers(self, call: Call) -> tuple[str, ...]:
+        """Return the roots of which any may take the call."""
+        is_of_pool = bool(self.members) and call.path[0] not in self.members
+        return self.members if is_of_pool else call.path[-1:]
+
+    def can_take(self, name: str, call: Call, since: int, until: int) -> bool:
+        """Tell whether the cost was within a limiter's limits all the time."""
+        return all(
+            call.costs.get(resource, 0) <= limit.units
+            for (resource, _), history in self.levels[name].limits.items()
+            for limit in in_force(history, since, until)
+        )
+
+    def can_pass(self, call: Call, since: int, until: int) -> bool:
+        """Tell whether the cost was within the limits all the time on one way at least."""
+        return all(self.can_take(name, call, since, until) for name in call.path) and any(
+            self.can_take(name, call, since, until) for name in self.takers(call)
+        )
+
     # --- what happens ---
 
     def asked(self, call: Call) -> None:
@@ -309,13 +329,17 @@ class Oracle:
         for call in self.calls:
             lines.setdefault(call.line, []).append(call)
         for calls in lines.values():
-            latest: int | None = None
+            latest: dict[str, int] = {}
             for call in reversed(calls):
+                over = call.gone if call.when is None else call.when
+                if over is None:
+                    continue
+                for name in self.takers(call):
+                    passed = latest.get(name, over) < over
+                    passed = passed and self.can_take(name, call, call.asked, over)
+                    assert not passed, f"overtaken at {name}: {call}"
                 if call.when is not None:
-                    assert latest is None or call.when <= latest, f"overtaken: {call}"
-                    latest = call.when
-                elif call.gone is not None:
-                    assert latest is None or call.gone <= latest, f"overtaken: {call}"
+                    latest[call.path[-1]] = min(call.when, latest.get(call.path[-1], call.when))
 
     def check_shares(self) -> None:
         """Assert that those who wait side by side get their shares, within two calls."""
@@ -364,20 +388,23 @@ class Oracle:
 
         A call that is next at a limit may wait for it, and others behind it.
         """
-        heads: dict[tuple[str, int, int], Call] = {}
-        for call in self.calls:
-            if call.waits:
-                heads.setdefault(call.line, call)
         root = next(iter(self.levels.values()))
-        direct = {name: [c for c in heads.values() if c.path[0] == name] for name in self.members}
-        others = [call for call in heads.values() if call.path[0] not in self.members]
-        may, must = self._below(root, others, now)
-        free = all(self.has_room(root, call, now) for call in may)
         for name in self.members or (root.name,):
-            all_may = [*may, *direct.get(name, ())]
-            stuck = free and (must or direct.get(name))
-            stuck = stuck and all(self.has_room(self.levels[name], call, now) for call in all_may)
-            assert not stuck, f"stuck at {now}, {name}: {all_may}"
+            heads: dict[tuple[str, int, int], Call] = {}
+            for call in self.calls:
+                if call.waits and name in self.takers(call):
+                    # What is in force from now on.
+                    assert self.can_pass(call, now + 1, now + 1), f"waits for ever: {call}"
+                    if self.can_take(name, call, now + 1, now + 1):
+                        heads.setdefault(call.line, call)
+            direct = [call for call in heads.values() if call.path[0] in self.members]
+            others = [call for call in heads.values() if call not in direct]
+            may, must = self._below(root, others, now)
+            may += direct
+            stuck = (must or direct) and all(
+                self.has_room(self.levels[name], call, now) for call in may
+            )
+            assert not stuck, f"stuck at {now}, {name}: {may}"
 
     def _below(self, level: Level, heads: list[Call], now: int) -> tuple[list[Call], bool]:
         """Return the calls that may be next at ``level``, and whether there must be one."""
@@ -539,6 +566,11 @@ class History:
         for level in reversed(levels):
             self.oracle.know(level, self.now)
         tokens, requests = chance.choice([0, 1, 5, 10, 20, 45]), chance.choice([1, 1, 1, 2])
+        above = [limit for member in self.members for limit in member.limits]
+        if above and not self.compares and self.of_pools.random() < 0.3:  # too much for a member
+            limit = self.of_pools.choice(above)
+            tokens = limit.units + 1 if limit.resource == "tokens" else 0
+            requests = limit.units + 1 if limit.resource == "requests" else 1
         call = Call(
             number=len(self.oracle.calls),
             path=tuple(each.name for each in levels),
@@ -597,8 +629,11 @@ class History:
         self.oracle.asked(call)
         try:
             await lease
-        except (AcquireTimeout, CostExceedsLimit):
+        except (AcquireTimeout, CostExceedsLimit) as error:
             call.gone = min(self.now, call.deadline or self.now)
+            is_refused = isinstance(error, CostExceedsLimit)
+            can_pass = self.oracle.can_pass(call, call.asked, self.now)
+            assert not (is_refused and can_pass), f"refused, though within limits: {call}"
             return
         except asyncio.CancelledError:
             call.gone = self.now if call.gone is None else call.gone
@@ -683,8 +718,6 @@ class History:
         for limit in limiter.limits:
             factor = self.chance.choice([0.5, 1, 2])
             amount = max(1, round(limit.amount * self.chance.choice([0.8, 1, 1.5])))
-            if limiter in self.members:  # where each call fits, so that all go in order
-                amount = max(amount, 45 if limit.resource == "tokens" else 2)
             burst = limit.burst and max(1, min(amount, round(factor * limit.burst)))
             limits.append(replace(limit, amount=amount, burst=burst))
         known = {limit.key for limit in limits}

@@ -299,10 +299,7 @@ def test_copies_in_another_process_share_one_rebuilt_tree(method: str, tmp_path:
     assert "came from another process with a copy of a model; together the processes" in said
     assert root.statistics().admitted == 0
     shared.wrap(llm).complete("second")
-    with (
-        pytest.raises(AcquireTimeout, match=r"gave up after 0\.2 s|cannot pass"),
-        asyncbucket.deadline(0.2),
-    ):
+    with pytest.raises(AcquireTimeout), asyncbucket.deadline(0.2):
         shared.wrap(llm).complete("third")
 
 
