@@ -180,7 +180,7 @@ class Agents:
         before = [
             (call, theirs)
             for call, theirs in runs
-            if theirs is None or call.line.node.order is not self or theirs.tag <= tag
+            if theirs is None or call.line.node.standing.order is not self or theirs.tag <= tag
         ]
         agents = {theirs.agent for _, theirs in before if theirs is not None} - {None, agent}
         return [call for call, _ in before], len(agents)
@@ -339,12 +339,12 @@ def account_of(agent: Agent, node: Node, amounts: Amounts) -> AgentRun:
 def agents_of(node: Node) -> Agents:
     """Return what orders the calls of a limiter by agent; tenants share what is known of sizes."""
     node = node.common or node
-    agents = node.order
+    agents = node.standing.order
     if not isinstance(agents, Agents):
         above = agents_of(node.parent) if node.parent is not None and "/*" in node.name else None
-        agents = node.order = Agents(node, above)
+        agents = node.standing.order = Agents(node, above)
         for way in node.ways:
-            way.order = agents
+            way.standing.order = agents
     return agents
 
 

@@ -117,8 +117,8 @@ def explain_locked(
     pacer: Pacer = node.pacer
     now = pacer.clock()
     before, agents = [call for call in _in_order(pacer) if call.line.priority >= priority], 0
-    if isinstance(node.order, Agents):
-        before, agents = node.order.ahead(before, agent, amounts)
+    if isinstance(node.standing.order, Agents):
+        before, agents = node.standing.order.ahead(before, agent, amounts)
     copies, ahead, when, waits = _simulate_line(node, now, before)
     due, binds, _ = _soonest_way(ways_of(node, amounts), amounts, when, when, copies)
     waits[binds] += due - when
@@ -154,7 +154,7 @@ def _beliefs(node: Node, amounts: Amounts) -> Iterator[str]:
 def _with_slots(ways: list[Node]) -> list[Node]:
     """Return those on which a slot is free."""
     return [
-        each for each in ways if all(level.in_flight < level.slots for level in each.route.bounded)
+        each for each in ways if all(level.in_flight < level.most for level in each.route.bounded)
     ]
 
 
@@ -232,7 +232,7 @@ def _in_store(
     known, ahead = place.held_up(), place.waiting()
     if known is not None:
         return (known[1] if ahead <= 1 else NEVER), known[0], ahead  # known of the first alone
-    if level.in_flight >= level.slots:
+    if level.slots.in_flight >= level.slots.most:
         return NEVER, "concurrency", ahead
     for use in place.use():
         if use.available < amounts.get(use.limit.resource, 0):

@@ -351,7 +351,7 @@ def calls_with_room(lease: Lease, limiter: Limiter) -> int:
         now = node.pacer.clock()
         learning: list[Any] = [pair for pair in node.extra if pair[0].learns]
         room = {meter.has_room(lease._amounts.get(name, 0), now) for meter, name in learning}
-    return node.in_flight if True in room and False not in room else 0
+    return node.slots.in_flight if True in room and False not in room else 0
 
 
 def call_refused(lease: Lease, limiter: Limiter, resource: str | None) -> None:
@@ -397,7 +397,7 @@ def terms_of(limiter: Limiter) -> dict[str, Any]:
         "timeout": limiter._timeout,
     }
     if limiter.parent is not None:
-        return terms | {"weight": node.weight, "priority": limiter._priority}
+        return terms | {"weight": node.standing.weight, "priority": limiter._priority}
     place = node.pacer.place
     if prices := prices_of(limiter):
         terms["prices"] = prices

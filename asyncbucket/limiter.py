@@ -500,7 +500,7 @@ class Limiter(EngineLimiter):
 
     def statistics(self) -> Statistics:
         """Return a frozen snapshot: what passed, what waits, and what for; children included."""
-        now, order = super().statistics(), self._node.order
+        now, order = super().statistics(), self._node.standing.order
         with self._node.pacer.lock:
             if isinstance(order, Agents):
                 now = replace(now, agents=order.statistics())

@@ -55,7 +55,7 @@ class Member(Account):
     def use(self, now: int) -> float:
         """Return the largest part of any of its limits, or of its slots, that is used."""
         root = self.way.path[-1]
-        use = root.in_flight / root.slots
+        use = root.slots.in_flight / root.slots.most
         for window in root.limits.values():
             window.forget(now)
             use = max(use, window.log.used / window.limit.units)
@@ -69,7 +69,7 @@ class Member(Account):
     def works(self, lease: "PoolLease") -> None:
         """Take in that a call went well; one that came after the latest failure proves that it works."""
         if self.failures and lease._when >= self.out_until:
-            self.failures, self.way.told = 0, ()
+            self.failures = 0
             pause = find_pause(self.way)
             if pause.step:  # else another pause has begun
                 pause.end(self.way.pacer.clock())
@@ -86,8 +86,6 @@ class Member(Account):
             return False
         self.out_until = now + min(_FIRST_REST << min(self.failures, 6), _LONGEST_REST)
         self.failures += 1
-        self.way.told = (self,)
-        self.way.forget()
         pause = find_pause(self.way)
         pause.begin(self.out_until, now, gradually=True, reason=reason)
         return True
@@ -220,7 +218,7 @@ class PoolLease(Lease):
             return super()._try_now(state)  # which refuses
         common, pool = self._node, self._pool
         ways = [*self._ways(is_patient=self.patience > 0)]
-        if common.waiting:
+        if common.standing.waiting:
             ways = [way for way in ways if not _has_line(way)]
         if len(ways) > 1 and pool.prefer == "least_used" and pool.home_of(self.sticky) is None:
             now = common.pacer.clock()
@@ -233,8 +231,11 @@ class PoolLease(Lease):
         return False
 
     def _settle_down(self) -> None:
+        member = self._pool.by_tree[self._node.pacer]
         if self.sticky is not None:
-            self._pool.settle_down(self.sticky, self._pool.by_tree[self._node.pacer])
+            self._pool.settle_down(self.sticky, member)
+        if member.failures:
+            self.accounts = (*self.accounts, member)
 
     def _stand_locked(self, waiter: AnyWaiter, now: int) -> None:
         error = self._pool.hopeless(now)
@@ -284,7 +285,8 @@ class PoolLease(Lease):
 
 def _has_line(way: Node) -> bool:
     """Tell whether calls of the same limiter wait there."""
-    return True in [line.living > 0 for line in way.lines.values()]  # `any` takes twice the time
+    lines = way.standing.lines.values()
+    return True in [line.living > 0 for line in lines]  # `any` takes twice the time
 
 
 class Pool(Limiter):
@@ -490,7 +492,7 @@ def _check(members: tuple[Limiter, ...], prefer: Prefer) -> None:
                 f"{member.name!r} is a member of pool {pacer.trees[-1].root.name!r} already, and a "
                 f"limiter can be a member of one: give that pool children instead, pool.child(...)"
             )
-        if member._node.in_flight or pacer.waiting:
+        if member._node.slots.in_flight or pacer.waiting:
             raise RuntimeError(
                 f"calls of {member.name!r} wait or are in flight: make the pool before the first call"
             )

@@ -88,8 +88,8 @@ class Shadow(Account):
         call = self._calls[id(lease)] = _Call(twin, amounts, amounts, now, deadline, tell)
         self._play(now)
         line = self._waiting.setdefault(twin, deque())
-        bounds = (level.max_queue for level in node.path if level.max_queue is not None)
-        if line and len(line) >= min(bounds, default=NEVER):
+        bounds = (level.standing.max_queue for level in node.path)
+        if line and len(line) >= min((each for each in bounds if each is not None), default=NEVER):
             self._failed += 1
         else:
             line.append(call)
@@ -123,15 +123,16 @@ class Shadow(Account):
             ahead._end_after(call, self._took // max(1, self._over))
         ahead._play(NEVER - 1)
         root = ahead._twin(self._node)
-        calls = root.admitted + ahead._failed
+        waits = root.counted().waits
+        calls = root.slots.admitted + ahead._failed
         return ShadowStatistics(
             calls=calls,
-            would_wait=sum(count for count, _ in root.waits.values()),
-            mean_wait=sum(waited for _, waited in root.waits.values()) * 1e-9 / max(1, calls),
+            would_wait=sum(count for count, _ in waits.values()),
+            mean_wait=sum(waited for _, waited in waits.values()) * 1e-9 / max(1, calls),
             would_fail=ahead._failed,
             prevented=self._prevented,
-            refusals=self._node.counts.get("upstream_429", 0),
-            waits={name: Waits(count, ns * 1e-9) for name, (count, ns) in root.waits.items()},
+            refusals=self._node.counted().counts["upstream_429"],
+            waits={name: Waits(count, ns * 1e-9) for name, (count, ns) in waits.items()},
         )
 
     def report(self) -> None:
@@ -148,8 +149,8 @@ class Shadow(Account):
         if twin is None:
             parent = None if node.parent is None else self._twin(node.parent)
             twin = self._twins[node] = Node(node.name, parent, pacer=node.pacer)
-        if not self._is_copy and (twin.limits, twin.slots) != (node.limits, node.slots):
-            twin.limits, twin.slots = node.limits, node.slots
+        if not self._is_copy and (twin.limits, twin.slots.most) != (node.limits, node.slots.most):
+            twin.limits, twin.slots.most = node.limits, node.slots.most
             twin.forget()
         return twin
 
@@ -205,7 +206,7 @@ class Shadow(Account):
 
     def _end(self, call: _Call) -> None:
         """Give a call's slots back, and correct its cost to what it used."""
-        for level in call.node.path:
+        for level in call.node.route.levels:
             level.in_flight -= 1
         assert call.started is not None
         for meter, resource in call.node.route.meters:

@@ -97,7 +97,7 @@ class Tenants(Generic[L]):
         kept = None if may_go else limiter
         del limiter
         if (kept := kept or held()) is None:
-            node.on_finalize = partial(self._keep_if_used, tenant, node.admitted)
+            node.on_finalize = partial(self._keep_if_used, tenant, node.slots.admitted)
         else:
             self._recent[tenant] = kept  # to the end: looked at again later
 
@@ -106,6 +106,6 @@ class Tenants(Generic[L]):
 
         A finalizer may run anywhere, even inside the lock, or where a user's clock does not.
         """
-        used = node.admitted > admitted or any(window.used for window in node.limits.values())
+        used = node.slots.admitted > admitted or any(window.used for window in node.limits.values())
         if used or node.extra:
             self._used[tenant] = node

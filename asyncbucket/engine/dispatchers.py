@@ -272,7 +272,7 @@ class Stalls:
             return None, due
         root = self._top.node
         root.count("overridden")
-        if root.counts["overridden"] == 1:
+        if root.counted().counts["overridden"] == 1:
             says = (
                 "a call passed without a slot: every slot is held on an event loop that has been "
                 "blocked for over 1 s; await on that loop instead of blocking it"
@@ -291,10 +291,10 @@ class Stalls:
             return (self.since // _STALL + 2) * _STALL  # seldom another: so the timer can stay
         self._has_warned = True
         held = {
-            f"{node.in_flight} of {node.slots} slots of {shown_name(node.name)!r}"
+            f"{node.slots.in_flight} of {node.slots.most} slots of {shown_name(node.name)!r}"
             for line in self._top.lines()
             for node in line.node.path
-            if node in line.node.route.bounded and node.in_flight >= node.slots
+            if node.slots in line.node.route.bounded and node.slots.in_flight >= node.slots.most
         }
         says = (
             "no call has passed for %.0f s: open leases hold %s; if those calls are over, release their "

@@ -256,7 +256,7 @@ class Lease(Call, OfThisProcess):
             asked = waiter.asked
             try:
                 if pacer.observed:
-                    pacer.notify(node, Queued, cost=self.cost, waiting=node.waiting)
+                    pacer.notify(node, Queued, cost=self.cost, waiting=node.standing.waiting)
                 if isinstance(waiter, Waiter):
                     in_time = await waiter
                 else:
@@ -268,9 +268,8 @@ class Lease(Call, OfThisProcess):
                 raise
             except BaseException as error:
                 pacer.lock.do(pacer.withdraw_locked, waiter)
-                if pacer.lock.news and not isinstance(
-                    error, GeneratorExit
-                ):  # a finalizer tells nobody
+                # A finalizer tells nobody.
+                if pacer.lock.news and not isinstance(error, GeneratorExit):
                     pacer.lock.catch_up()
                 raise
             if not in_time:
@@ -298,7 +297,8 @@ class Lease(Call, OfThisProcess):
             now = pacer.clock()
             node.check(amounts)
             for level in node.path:
-                if level.max_queue is not None and level.waiting >= level.max_queue:
+                most = level.standing.max_queue
+                if most is not None and level.standing.waiting >= most:
                     raise report.too_many_wait_locked(level, node, amounts, self._priority)
             if deadline is not None and node.soonest(amounts, now) > deadline:
                 raise report.too_late_locked(node, amounts, self._priority, now, deadline)
@@ -359,8 +359,8 @@ class Lease(Call, OfThisProcess):
             cost=self.cost,
             waited=self.waited,
             bound_by=self.bound_by,
-            waiting=asked.waiting,
-            in_flight=asked.in_flight,
+            waiting=asked.standing.waiting,
+            in_flight=asked.slots.in_flight,
         )
 
     async def __aenter__(self) -> Self:
@@ -369,9 +369,10 @@ class Lease(Call, OfThisProcess):
                 await self._admit()
             elif not self._try_now():
                 await self._wait()
-        if self._node.admitted < _EARLY:  # whoever waits inside for the same slot soon does so
-            for level in self._node.path:
-                if level.slots == 1:
+        # Whoever waits inside for the same slot does so from the first call on.
+        if self._node.slots.admitted < _EARLY:
+            for level in self._route.levels:
+                if level.most == 1:
                     level.entered = level.admitted, id(asyncio.current_task())
         if self._state == HELD:
             self._state = ENTERED
@@ -551,14 +552,14 @@ class Lease(Call, OfThisProcess):
         slots were held so, they would wait for ever.
         """
         held = self._route.levels
-        given_up = [level for level in self._node.path if level in path and level in held]
+        given_up = [level for level in self._node.path if level in path and level.slots in held]
         if self._state not in OPEN or self._dispatcher.dispatch is None or not given_up:
             return
-        kept = tuple(level for level in held if level not in given_up)
-        self._route = Route(kept, self._route.meters)
+        gone = [level.slots for level in given_up]
+        self._route = Route(tuple(each for each in held if each not in gone), self._route.meters)
         pacer: Pacer = self._node.pacer
         for level in given_up:
-            level.in_flight -= 1
+            level.slots.in_flight -= 1
             if level.place is not None:
                 level.place.ended(self, "ok")
         pacer.ring_locked(self._node)
@@ -580,7 +581,7 @@ class Lease(Call, OfThisProcess):
             level.in_flight -= 1
         if pacer.waiting:
             for bound in node.route.bounded:
-                if bound.in_flight + 1 >= bound.slots:  # somebody may wait for this slot
+                if bound.in_flight + 1 >= bound.most:  # somebody may wait for this slot
                     pacer.ring_locked(node)
                     break
         self._notify_released_locked(outcome, self._used())
@@ -705,7 +706,7 @@ def _warn_of_first(node: Node) -> None:
     Whoever forgets to await does so from the first call on. So only those of a limiter that nobody
     has used yet are watched.
     """
-    if not (node.admitted or node.waiting or node.counts):
+    if not (node.slots.admitted or node.standing.waiting or node.tally):
         warnings.warn(
             "an acquisition was never awaited, so nothing was paced: write "
             "`await limiter.acquire(...)` or `async with limiter.acquire(...):`",
@@ -722,5 +723,6 @@ def _warn_of_blocked_loop() -> None:
 def _refuse_nesting(node: Node) -> None:
     """Refuse a call that waits for the only slot, which its own task holds."""
     for level in node.path:
-        if level.in_flight and level.entered == (level.admitted, id(asyncio.current_task())):
+        slots = level.slots
+        if slots.in_flight and slots.entered == (slots.admitted, id(asyncio.current_task())):
             raise RuntimeError(_NESTED.format(shown_name(level.name)))

@@ -79,11 +79,11 @@ class Limiter(OfThisProcess):
     def _start(self, terms: Terms) -> None:
         """Put the terms of a new limiter in force."""
         node = self._node
-        node.max_queue = terms.max_queue
+        node.standing.max_queue = terms.max_queue
         for each in (node, *node.ways):
-            each.weight = terms.weight
+            each.standing.weight = terms.weight
             if terms.priority == "within":
-                each.within = True
+                each.standing.within = True
         if terms.limits or terms.concurrency is not None:
             self._put_in_force_locked(terms.limits, terms.concurrency)
 
@@ -266,13 +266,13 @@ class Limiter(OfThisProcess):
     def _prove(self) -> None:
         """Look whether calls have come and have paid for each limit; warn if many have not."""
         node = self._node
-        if not node.admitted:
+        if not node.slots.admitted:
             return
         place = node.pacer.place
         limits = [each for level in node.path if not level.place for each in level.limits.values()]
         unpaid = [window.limit for window in limits if not window.was_used]
         unpaid += [] if place is None else [use.limit for use in place.use() if not use.used]
-        ended, few = node.admitted - node.in_flight, {USD: _MANY_WITHOUT_PRICE}
+        ended, few = node.slots.admitted - node.slots.in_flight, {USD: _MANY_WITHOUT_PRICE}
         wrong = next((each for each in unpaid if ended >= few.get(each.resource, _MANY)), None)
         self._is_proven = wrong is not None or not unpaid
         if wrong is not None:
@@ -443,7 +443,8 @@ class Limiter(OfThisProcess):
         self._check_place([limit], None)
         with pacer.lock:
             known = node.limits.get(limit.key)
-            if node.limits.keys() - node.learned or (known and known.amount == limit.amount):
+            given = any(window.refuses for window in node.limits.values())
+            if given or (known and known.amount == limit.amount):
                 return
             self._put_in_force_locked([limit], None, learned=True)
             pacer.notify_locked(node, LimitLearned, limit=str(limit))
@@ -479,7 +480,7 @@ class Limiter(OfThisProcess):
             for limit in given:
                 pacer.notify_locked(node, LimitChanged, limit=str(limit))
             if concurrency is not None:
-                pacer.notify_locked(node, LimitChanged, limit=f"concurrency {node.slots}")
+                pacer.notify_locked(node, LimitChanged, limit=f"concurrency {node.slots.most}")
             self._was_changed = True
 
     def _check_place(self, limits: Iterable[Limit], concurrency: Concurrency | None) -> None:
@@ -498,7 +499,7 @@ class Limiter(OfThisProcess):
         if bounds is not None:
             fixed = is_integer(concurrency)
             node.sizer = None if fixed else self._make_sizer(bounds)
-            node.slots = bounds[0] if node.sizer is None else node.sizer.size
+            node.slots.most = bounds[0] if node.sizer is None else node.sizer.size
         pacer.limits_changed_locked(node)
         if node.place is not None:
             node.place.configure()
@@ -558,7 +559,7 @@ class Limiter(OfThisProcess):
     @property
     def max_queue(self) -> int | None:
         """The most calls that may wait."""
-        return self._node.max_queue
+        return self._node.standing.max_queue
 
     @property
     def limits(self) -> tuple[Limit, ...]:
@@ -582,5 +583,5 @@ class Limiter(OfThisProcess):
         if self.concurrency is not None:
             sizer = node.sizer
             found = "" if sizer is None else f" of {sizer.least:,} to {sizer.most:,}"
-            parts.append(f"concurrency {node.in_flight}/{self.concurrency}{found}")
-        return f"<{', '.join(parts)}, {node.waiting:,} waiting>"
+            parts.append(f"concurrency {node.slots.in_flight}/{self.concurrency}{found}")
+        return f"<{', '.join(parts)}, {node.standing.waiting:,} waiting>"

@@ -7,7 +7,7 @@ how much could pass now. Instants are integer nanoseconds of any monotonic clock
 units. Nothing here waits, reads a clock or knows asyncio, so the same arithmetic serves the live
 limiter, a plan on virtual time, and the tests of stores that keep these numbers elsewhere.
 Everything that can hold a call back is a meter: a limit, a pause, what a provider says is left. (A
-slot is not: it is an open call, and a `asyncbucket.engine.node.Node` counts those.)
+slot is not: it is an open call, and `Slots` counts those.)
 
 A call passes all meters of its `Route` at once, or none: `admit` asks them, and books if it is due.
 Whoever lets a call go, asks here: a newcomer, a dispatch of those who wait, a token bucket, a pool;
@@ -620,13 +620,17 @@ class Window(Meter):
             self.allowed, self._largest = self.amount, 0
 
 
-class Slots(Protocol):
-    """Count the calls in flight at one level."""
+class Slots:
+    """Count the open calls of one limiter, whether or not their number is bounded."""
 
-    in_flight: int
-    admitted: int
-    #: The most calls in flight; `NEVER` if there is no bound.
-    slots: int
+    __slots__ = ("admitted", "entered", "in_flight", "most")
+
+    def __init__(self, most: int = NEVER) -> None:
+        self.in_flight = self.admitted = 0
+        #: The most calls in flight; `NEVER` if there is no bound.
+        self.most = most
+        #: Which call entered the only slot by ``async with``: its number, and its task's id.
+        self.entered = (0, 0)
 
 
 class Route:
@@ -636,10 +640,10 @@ class Route:
 
     def __init__(
         self,
-        levels: "tuple[Slots, ...]",
+        levels: tuple[Slots, ...],
         meters: Meters,
         *,
-        bounded: "tuple[Slots, ...]" = (),
+        bounded: tuple[Slots, ...] = (),
         most: Mapping[str, int] | None = None,
         seconds: Mapping[str, float] | None = None,
     ) -> None:
@@ -669,7 +673,7 @@ def admit(  # noqa: C901 - the hottest path, in one piece
         back: how many slots of each level to count as given back.
     """
     for level in route.bounded:
-        if level.in_flight >= level.slots + back:
+        if level.in_flight >= level.most + back:
             return NEVER, "concurrency"
     for window in route.calendars:
         window.forget(now)

@@ -11,6 +11,7 @@ one comes (`Node.route`), and forgotten when limits change here or above.
 
 import re
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from types import MappingProxyType
@@ -21,13 +22,50 @@ from asyncbucket.engine.errors import CostExceedsLimit
 from asyncbucket.engine.events import Event, Observers, Outcome
 from asyncbucket.engine.interfaces import Account, Admission, Order, PauseMeter, Place, Sizer
 from asyncbucket.engine.limits import Key, Limit
-from asyncbucket.engine.meters import NEVER, Amounts, Meters, Route, Window, admit
+from asyncbucket.engine.meters import NEVER, Amounts, Meters, Route, Slots, Window, admit
 from asyncbucket.engine.wording import counted
 
 #: An empty mapping: most of ten thousand idle limiters need no container of their own.
 EMPTY_MAPPING: Final[Any] = MappingProxyType({})
 #: Windows more than this many times longer than the shortest do not affect who goes next.
 _LONG: Final = 100
+
+
+class Standing:
+    """Know how the calls of a limiter, and of those below it, stand in line; and on what terms."""
+
+    __slots__ = ("branches", "lines", "max_queue", "order", "waiting", "weight", "within")
+
+    def __init__(self) -> None:
+        #: How many calls wait, and at most may.
+        self.waiting = 0
+        self.max_queue: int | None = None
+        #: Its share compared with its siblings'; and whether its calls' priorities count among themselves alone.
+        self.weight, self.within = 1.0, False
+        #: Where its calls wait, by priority: see `asyncbucket.engine.queue`; and what orders them, if
+        #: not their arrival.
+        self.lines: dict[int, Any] = EMPTY_MAPPING
+        self.branches: dict[int, Any] = EMPTY_MAPPING
+        self.order: Order | None = None
+
+    def after_fork(self) -> None:
+        """Forget calls that wait: they are the parent's."""
+        self.waiting, self.order = 0, None
+        self.lines = self.branches = EMPTY_MAPPING
+
+
+class Tally:
+    """Count what has happened to the calls of a limiter besides being admitted."""
+
+    __slots__ = ("counts", "refunded", "waits")
+
+    def __init__(self) -> None:
+        #: How often something else happened, by its name in `Statistics` or `CacheUse`.
+        self.counts: Counter[str] = Counter()
+        #: Units given back by settling, by resource.
+        self.refunded: Counter[str] = Counter()
+        #: How many calls waited, and how long (ns) in total, by what bound them.
+        self.waits: dict[str, list[int]] = {}
 
 
 class Node:
@@ -37,45 +75,24 @@ class Node:
     """
 
     # What most limiters never set:
-    weight = 1.0
-    #: Which call entered the only slot by ``async with``: its number, and its task's id.
-    entered: tuple[int, int] = (0, 0)
-    max_queue: int | None = None
-    #: What orders its calls, if not their arrival.
-    order: "Order | None" = None
-    #: Whether its calls' priorities count among themselves alone.
-    within = False
     children: "weakref.WeakSet[Node] | None" = None
     observers: Observers | None = None
-    #: Limits that the provider announced and nobody gave.
-    learned: frozenset[Key] = frozenset()
     #: What finds the number of slots, if it is not given.
     sizer: Sizer | None = None
     #: What keeps its limits, once it has some: see `place`.
     keeper: Place | None = None
     #: Called before it is forgotten, if it was let go.
     on_finalize: "Callable[[Node], object] | None" = None
-    #: How often something else happened to its calls than being admitted, by its name in `Statistics` or
-    #: `CacheUse`.
-    counts: dict[str, int] = EMPTY_MAPPING
-    #: Units given back by settling, by resource.
-    refunded: dict[str, int] = EMPTY_MAPPING
-    #: How many calls waited, and how long (ns) in total, by what bound them.
-    waits: dict[str, list[int]] = EMPTY_MAPPING
-    branches: dict[int, Any] = EMPTY_MAPPING
+    tally: "Tally | None" = None
     #: If a root has it, every call of the tree passes at once, and only this account hears of it.
     bystander: Account | None = None
     #: If its calls may pass in any of several trees: its nodes there. Each counts for itself, and
     #: what it has in common with the others counts once, here: see `add_ways`.
     ways: "tuple[Node, ...]" = ()
     common: "Node | None" = None
-    #: What is told of its calls, besides what finds its slots.
-    told: tuple[Account, ...] = ()
 
     def __init__(self, name: str, parent: "Node | None" = None, *, pacer: Any = None) -> None:
         self.name, self.parent = name, parent
-        #: All nodes at which its calls count: those above it, and what they have in common with others.
-        self.path: tuple[Node, ...] = (self,) if parent is None else (self, *parent.path)
         #: The `asyncbucket.engine.pacer.Pacer` of the tree, which stands on nodes.
         self.pacer: Any = pacer if parent is None else parent.pacer
         if parent is not None:
@@ -83,19 +100,22 @@ class Node:
                 parent.children = weakref.WeakSet()
             parent.children.add(self)
         self.limits: dict[Key, Window] = EMPTY_MAPPING
-        #: The most calls in flight.
-        self.slots = NEVER
         #: Meters that hold calls back besides the limits: a pause, what the provider says is left.
         self.extra: Meters = ()
-        self.in_flight = self.admitted = self.waiting = 0
-        #: Where its calls wait, by priority: see `asyncbucket.engine.queue`.
-        self.lines: dict[int, Any] = EMPTY_MAPPING
+        self.slots, self.standing = Slots(), Standing()
 
     def add_ways(self, ways: "Iterable[Node]") -> None:
         """Have the calls of ``ways``, nodes of other trees, pass the limits here and above, too."""
         self.ways = tuple(ways)
         for way in self.ways:
-            way.common, way.path = self, (self, *way.path)
+            way.common = self
+            vars(way).pop("path", None)
+
+    @cached_property
+    def path(self) -> "tuple[Node, ...]":
+        """All nodes at which its calls count: those above it, and what they have in common with others."""
+        common = () if self.common is None else (self.common,)
+        return (*common, self, *(() if self.parent is None else self.parent.path))
 
     @cached_property
     def chain(self) -> "tuple[Node, ...]":
@@ -123,22 +143,23 @@ class Node:
         """What a call passes here alone; of several ways, also what they have in common."""
         windows = ((window, window.limit.resource) for window in self.limits.values())
         common = Route((), ()) if self.common is None else self.common.own
-        is_bound_here = self.slots < NEVER and self.place is None
+        is_bound_here = self.slots.most < NEVER and self.place is None
         return Route(
-            (self, *common.levels),
+            (self.slots, *common.levels),
             (*windows, *self.extra, *common.meters),
-            bounded=(*((self,) if is_bound_here else ()), *common.bounded),
+            bounded=(*((self.slots,) if is_bound_here else ()), *common.bounded),
         )
 
     @cached_property
     def route(self) -> Route:
         """What a call passes in all, from here up to the root."""
+        levels = tuple(node.slots for node in self.path)
         if self.path[-1].bystander is not None:
-            return Route(self.path, ())
+            return Route(levels, ())
         above = None if self.parent is None else self.parent.route
         is_limited = any(node.limits for node in self._here)
         return Route(
-            self.path,
+            levels,
             (*self.own.meters, *(above.meters if above else ())),
             bounded=(*self.own.bounded, *(above.bounded if above else ())),
             most=above.most if above and not is_limited else self._most(),
@@ -153,7 +174,7 @@ class Node:
             return (bystander,)
         sizers = (_Sized(node) for node in self._here if node.sizer is not None)
         above = () if self.parent is None else self.parent.accounts
-        return (*sizers, *self.told, *((self.place,) if self.place else ()), *above)
+        return (*sizers, *((self.place,) if self.place else ()), *above)
 
     @property
     def _here(self) -> "tuple[Node, ...]":
@@ -198,14 +219,14 @@ class Node:
     @property
     def concurrency(self) -> int | None:
         """The most calls in flight at once, as it is now; None if unbounded."""
-        return None if self.slots >= NEVER else self.slots
+        return None if self.slots.most >= NEVER else self.slots.most
 
     @property
     def place(self) -> Any:
         """What keeps its limits and slots (`asyncbucket.engine.interfaces.Place`), if a store does."""
         if self.parent is None:
             return self.pacer.place
-        return self.keeper if self.keeper and (self.limits or self.slots < NEVER) else None
+        return self.keeper if self.keeper and (self.limits or self.slots.most < NEVER) else None
 
     @property
     def places(self) -> Iterator[Any]:
@@ -236,12 +257,12 @@ class Node:
         if self.ways:
             return min((way.soonest(amounts, now) for way in self.able(amounts)), default=NEVER)
         soonest = now
-        since = now if is_first and not self.waiting else 0
+        since = now if is_first and not self.standing.waiting else 0
         for node in self.path:
             for window in node.limits.values():
                 amount = amounts.get(window.limit.resource)
                 if amount:
-                    back = window.lent(node.in_flight)
+                    back = window.lent(node.slots.in_flight)
                     soonest = max(soonest, window.earliest(amount, since, back=back))
             for meter, resource in node.extra:
                 if amounts.get(resource):
@@ -278,8 +299,6 @@ class Node:
                 window.reshape(limit, now)
                 window.allowed = allowed  # lowering a limit puts nobody into debt
             window.refuses = not learned
-            if learned or self.learned:
-                self.learned = self.learned | {limit.key} if learned else self.learned - {limit.key}
         self.limits = changed
         self.extra = tuple((meter.renewed(changed), counts) for meter, counts in self.extra)
 
@@ -345,32 +364,37 @@ class Node:
     def count(self, what: str, number: int = 1) -> None:
         """Count what has happened to a call, here and above."""
         for node in self.path:
-            node.counts = node.counts or {}
-            node.counts[what] = node.counts.get(what, 0) + number
+            if node.tally is None:
+                node.tally = Tally()
+            node.tally.counts[what] += number
 
     def count_waits(self, calls: int, waited: int, bound_by: str) -> None:
         """Count ``calls`` calls that waited ``waited`` ns in all, here and above."""
         for node in self.path:
-            sums = node.waits.get(bound_by)
-            if sums is None:
-                node.waits = {**node.waits, bound_by: [calls, waited]}
-            else:
-                sums[0] += calls
-                sums[1] += waited
+            if node.tally is None:
+                node.tally = Tally()
+            sums = node.tally.waits.setdefault(bound_by, [0, 0])
+            sums[0] += calls
+            sums[1] += waited
 
     def count_refund(self, resource: str, units: int) -> None:
         """Count units that were given back, here and above."""
         for node in self.path:
-            node.refunded = node.refunded or {}
-            node.refunded[resource] = node.refunded.get(resource, 0) + units
+            if node.tally is None:
+                node.tally = Tally()
+            node.tally.refunded[resource] += units
+
+    def counted(self) -> "Tally":
+        """Return what has happened so far."""
+        return self.tally or Tally()
 
     def is_as_new(self, now: int) -> bool:
         """Tell whether a limiter made anew would do the same, so that this one may be forgotten."""
         return (
-            not (self.in_flight or self.waiting or self.children or self.observers or self.learned)
+            not (self.slots.in_flight or self.standing.waiting or self.children or self.observers)
             and (self.keeper is None or self.keeper.is_idle())
-            and not (self.order and self.order.applies)
-            and all(window.is_as_new(now) for window in self.limits.values())
+            and not (self.standing.order and self.standing.order.applies)
+            and all(each.refuses and each.is_as_new(now) for each in self.limits.values())
             and all(meter.available(now) >= NEVER for meter, _ in self.extra)
         )
 
@@ -386,9 +410,8 @@ class Node:
 
     def after_fork(self) -> None:
         """Start afresh in a child process: calls that wait or are in flight are the parent's."""
-        self.in_flight = self.waiting = 0
-        self.lines = self.branches = EMPTY_MAPPING
-        self.order = None
+        self.slots.in_flight = 0
+        self.standing.after_fork()
         for child in self.children or ():
             child.after_fork()
 
@@ -403,17 +426,18 @@ class _Sized(Account):
 
     def ended(self, lease: Admission, outcome: Outcome) -> None:
         node = self._node
-        if node.sizer is None or node not in lease.levels:
+        slots = node.slots
+        if node.sizer is None or slots not in lease.levels:
             return  # it has a fixed number now, or the call has given its slot up
         node.sizer.ended(
             outcome,
             started=lease.began(outcome),
             now=node.pacer.clock(),
             waited=lease.bound_by == "concurrency",
-            full=node.in_flight >= node.slots,
+            full=slots.in_flight >= slots.most,
         )
-        before, node.slots = node.slots, node.sizer.size
-        if node.slots > before:
+        before, slots.most = slots.most, node.sizer.size
+        if slots.most > before:
             node.pacer.ring_locked(node)
 
 

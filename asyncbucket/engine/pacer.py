@@ -206,9 +206,9 @@ class Pacer:
             line: Line | None = None if tree.place is None else tree.place.leave(waiter)
             if line is not None:
                 for each in line.node.path:
-                    each.in_flight -= 1
+                    each.slots.in_flight -= 1
                 for each in line.node.chain:
-                    each.waiting -= 1
+                    each.standing.waiting -= 1
                 line.credit_flows(waiter.amounts)
 
     def gone_locked(self, waiter: AnyWaiter, now: int) -> None:
@@ -229,7 +229,7 @@ class Pacer:
         waiter.dispatcher.waiting += calls
         common = waiter.line.node.common
         for each in () if common is None else common.path:
-            each.waiting += calls
+            each.standing.waiting += calls
 
     def withdraw_locked(self, waiter: AnyWaiter) -> None:
         """Take a call that gives up out of the line, or give back what it was just handed."""
@@ -277,11 +277,13 @@ class Pacer:
 
     def is_free_locked(self, node: Node, now: int) -> bool:
         """Tell whether a newcomer at ``node`` would overtake nobody that may go now or next."""
-        for line in node.lines.values():  # `any` of a generator takes three times as long
+        for line in node.standing.lines.values():  # `any` of a generator takes three times as long
             if line.living:
                 return False
         for each in node.chain[:-1]:
-            if each.waiting and (each.own.meters or each.own.bounded):  # else the head is as good
+            if each.standing.waiting and (
+                each.own.meters or each.own.bounded
+            ):  # else the head is as good
                 return False
         while True:
             head, _ = self.top.head(now)
@@ -404,12 +406,12 @@ class Pacer:
         for _ in range(BATCH):
             due = EMPTY
             for tree in self.trees:
-                if tree.root.waiting and not tree.refuses_still(dispatcher, now):
+                if tree.root.standing.waiting and not tree.refuses_still(dispatcher, now):
                     before, tree.refused = self.dispatchers.departures, None
                     tree.due = tree.dispatch_tree(dispatcher, now, 1)
                     if self.dispatchers.departures != before:
                         break  # a call that has left a line may have made way for another there
-                if tree.root.waiting and tree.due < due:
+                if tree.root.standing.waiting and tree.due < due:
                     due = tree.due
             else:
                 return due
@@ -552,11 +554,11 @@ class Pacer:
             if amount:
                 meter.book(amount, now)
         for each in line.node.path:
-            each.in_flight += 1
+            each.slots.in_flight += 1
         next(line.node.places).push(waiter, below, now)
         self.leave_lines(waiter, line)
         for each in line.node.chain:
-            each.waiting += 1  # it stands at the store
+            each.standing.waiting += 1  # it stands at the store
         if place.holds_up():
             waiter.lease._seek_locked(waiter, now)  # noqa: SLF001 - as above
 
@@ -565,16 +567,16 @@ class Pacer:
     ) -> bool:
         """Let a call go that the store has booked in ``meters``; return whether it still waited."""
         node = waiter.line.node
-        if not self.let_go(waiter, now, bound_by, Route(node.path, meters)):
+        if not self.let_go(waiter, now, bound_by, Route(node.route.levels, meters)):
             return False  # its task gives back what it took
         for each in node.path:
-            each.admitted += 1
+            each.slots.admitted += 1
         if bound_by is not None:
             node.count_waits(1, now - waiter.asked, bound_by)
         self.leave_stores(waiter)
         self.leave_lines(waiter)
         for each in node.chain:
-            each.waiting -= 1
+            each.standing.waiting -= 1
         self.count_in(waiter, -1)
         self.ring_locked(node, now)
         return True

@@ -251,7 +251,7 @@ class Line(Flow):
     def join(self, waiter: AnyWaiter, now: int) -> None:
         """Let ``waiter`` stand in its place: last, unless it has waited elsewhere."""
         waiter.line = self
-        order = self.node.order
+        order = self.node.standing.order
         if order is not None and order.applies is (type(self.calls) is deque):
             self.refill(self.calls)
         if waiter.asked != now and type(self.calls) is deque:
@@ -264,7 +264,7 @@ class Line(Flow):
             self.arrive()
         self.living += 1
         for each in self.node.chain:
-            each.waiting += 1
+            each.standing.waiting += 1
 
     def arrive(self) -> None:
         """Let flows compete that were empty, or asleep, here and above; somebody waits here anew."""
@@ -283,7 +283,7 @@ class Line(Flow):
         """Count out a call that is done, wherever it stands."""
         self.living -= 1
         for each in self.node.chain:
-            each.waiting -= 1
+            each.standing.waiting -= 1
         flow: Flow = self
         while not flow.living and (branch := flow.above) is not None:
             branch.leave(flow)
@@ -294,7 +294,7 @@ class Line(Flow):
 
     def refill(self, calls: Iterable[AnyWaiter]) -> None:
         """Hold ``calls`` instead, each in its place."""
-        order = self.node.order
+        order = self.node.standing.order
         self.calls = deque(sorted(calls)) if order is None else order.arrange(calls)
 
     def head(self, now: int, back: int = 0) -> tuple[AnyWaiter | None, int]:  # noqa: ARG002 - as `Branch`
@@ -335,7 +335,7 @@ class Branch(Flow):
         self.clock = self._potential = self._weights = self._works = 0.0
         self._joined = 0
         #: Whether its flows compete by their priorities.
-        self._by_priority = above is None or node.within
+        self._by_priority = above is None or node.standing.within
 
     def lines(self) -> Iterator[Line]:
         for flow in self.flows:
@@ -471,22 +471,22 @@ class Branch(Flow):
 
 def line_of(node: Node, priority: int) -> Line:
     """Return the line for the calls of a limiter and a priority."""
-    line: Line | None = node.lines.get(priority)
+    line: Line | None = node.standing.lines.get(priority)
     if line is None:
         line = Line(node, branch_of(node, priority), priority)
         line.rank = -priority
-        node.lines = {**node.lines, priority: line}
+        node.standing.lines = {**node.standing.lines, priority: line}
     return line
 
 
 def branch_of(node: Node, priority: int) -> Branch:
     """Return where the calls of one priority at a limiter and below it meet."""
-    priority = 0 if node.within else priority
-    branch: Branch | None = node.branches.get(priority)
+    priority = 0 if node.standing.within else priority
+    branch: Branch | None = node.standing.branches.get(priority)
     if branch is None:
         above = node.pacer.top if node.parent is None else branch_of(node.parent, priority)
-        branch = Branch(node, above, node.weight, rank=-priority)
-        node.branches = {**node.branches, priority: branch}
+        branch = Branch(node, above, node.standing.weight, rank=-priority)
+        node.standing.branches = {**node.standing.branches, priority: branch}
     return branch
 
 
@@ -505,13 +505,13 @@ def wake(node: Node) -> None:
 
 def _wake_flows(nodes: Iterable[Node]) -> None:
     for node in nodes:
-        for branch in node.branches.values():
+        for branch in node.standing.branches.values():
             if branch.asleep:
                 branch.above.wake(branch)
 
 
 def reweigh(node: Node, weight: float) -> None:
     """Change a limiter's share compared with its siblings'."""
-    for branch in node.branches.values():
+    for branch in node.standing.branches.values():
         branch.above.reweigh(branch, weight)
-    node.weight = weight
+    node.standing.weight = weight

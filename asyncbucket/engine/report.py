@@ -4,7 +4,6 @@ An error says what binds, for how long, and the remedy. It asks the same functio
 as whoever admits calls.
 """
 
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
@@ -43,9 +42,9 @@ REFUSALS: Final = (WouldBlock, AcquireTimeout, QueueFull, CostExceedsLimit)
 
 def too_many_wait_locked(level: Node, node: Node, amounts: Amounts, priority: int) -> QueueFull:
     """Return the error of a call for which the line of ``level`` is too long."""
-    ahead = counted(level.waiting, "calls")
-    how = f"cannot pass behind {ahead} waiting already" if level.waiting else _AT_ONCE
-    remedy = f"try again later or raise max_queue={level.max_queue:,}"
+    ahead = counted(level.standing.waiting, "calls")
+    how = f"cannot pass behind {ahead} waiting already" if level.standing.waiting else _AT_ONCE
+    remedy = f"try again later or raise max_queue={level.standing.max_queue:,}"
     return _refusal_locked(QueueFull, node, amounts, priority, how, remedy, level)
 
 
@@ -140,20 +139,20 @@ def ways_of(node: Node, amounts: Amounts) -> list[Node]:
 
 def _ahead_locked(level: Node, priority: int) -> "Iterator[AnyWaiter]":
     """Yield who waits at ``level`` and below, and does not let a call of such a priority go before."""
-    for each, line in level.lines.items():
+    for each, line in level.standing.lines.items():
         if each >= priority:
             yield from (waiter for waiter in line.waiters() if waiter.lines[0] is line)
     for below in level.ways or level.children or ():
-        if below.waiting:
+        if below.standing.waiting:
             yield from _ahead_locked(below, priority)
 
 
 def _time_of_locked(level: Node, priority: int) -> int:
     """Return about how long (ns) the limits make those wait who are ahead at ``level``."""
-    if not level.waiting or not level.route.seconds:
+    if not level.standing.waiting or not level.route.seconds:
         return 0
     works = [level.work(each.amounts) for each in islice(_ahead_locked(level, priority), _SAMPLE)]
-    calls = len(works) if len(works) < _SAMPLE else level.waiting
+    calls = len(works) if len(works) < _SAMPLE else level.standing.waiting
     return round(sum(works) / max(1, len(works)) * calls * 1e9)
 
 
@@ -197,7 +196,7 @@ def _reason_locked(
         resets = next((limit.resets for limit in full if limit.resets), None)
         until = "" if resets is None else f", until the limit resets at {resets}"
         return due, bound_by, f"{with_verb(bound_by, 'bind')} for {left} more{until}"
-    taken = [level.slots for level in node.route.bounded if level.in_flight >= level.slots]
+    taken = [level.most for level in node.route.bounded if level.in_flight >= level.most]
     slots = min(taken, default=0)  # 0: they are in a store
     words = {0: "all slots are", 1: "the one slot is"}.get(slots, f"all {slots:,} slots are")
     return due, bound_by, f"{words} taken"
@@ -211,23 +210,23 @@ def statistics_locked(node: Node) -> Statistics:
     pacer: Pacer = node.pacer
     pacer.lock.run_jobs_locked()
     pacer.discard_closed()
-    now, counts = pacer.clock(), Counter(node.counts)
+    now, tally = pacer.clock(), node.counted()
     return Statistics(
         name=node.name,
-        admitted=node.admitted,
-        refused=counts["refused"],
-        cancelled=counts["cancelled"],
-        waiting=node.waiting,
-        in_flight=node.in_flight,
+        admitted=node.slots.admitted,
+        refused=tally.counts["refused"],
+        cancelled=tally.counts["cancelled"],
+        waiting=node.standing.waiting,
+        in_flight=node.slots.in_flight,
         concurrency=node.concurrency,
         paused=max((0, *(pause.until - now for pause in node.pauses()))) * 1e-9,
-        upstream_429=counts["upstream_429"],
-        overridden=pacer.root.counts.get("overridden", 0),
-        waits={name: Waits(n, ns * 1e-9) for name, (n, ns) in node.waits.items()},
-        refunded=dict(node.refunded),
+        upstream_429=tally.counts["upstream_429"],
+        overridden=pacer.root.counted().counts["overridden"],
+        waits={name: Waits(n, ns * 1e-9) for name, (n, ns) in tally.waits.items()},
+        refunded=dict(tally.refunded),
         limits=tuple(_uses(node, now)),
         bound_by=_bound_by(node, now),
-        cache=CacheUse(counts["reads"], counts["writes"], counts["saved_tokens"]),
+        cache=CacheUse(tally.counts["reads"], tally.counts["writes"], tally.counts["saved_tokens"]),
     )
 
 
@@ -248,7 +247,7 @@ def _uses(node: Node, now: int) -> Iterator[LimitUse]:
 def _bound_by(node: Node, now: int) -> str | None:
     """Return what holds up the next call, if anybody waits at ``node`` or below."""
     pacer: Pacer = node.pacer
-    if not node.waiting:
+    if not node.standing.waiting:
         return None
     known = _held_up(node)
     lines = [line for tree in pacer.trees for line in tree.top.lines()]

@@ -19,7 +19,7 @@ from typing import Any, Final, NamedTuple
 from asyncbucket.engine.cost import Cost
 from asyncbucket.engine.errors import CostExceedsLimit
 from asyncbucket.engine.limits import Limit
-from asyncbucket.engine.meters import NEVER, Amounts, Route, Window, admit
+from asyncbucket.engine.meters import NEVER, Amounts, Route, Slots, Window, admit
 from asyncbucket.engine.wording import counted, in_seconds, rounded, usd_written, with_verb
 from asyncbucket.limiter import Limiter, Pool
 from asyncbucket.plan.calls import NANOSECONDS, Load, PlannedCall
@@ -107,10 +107,9 @@ class SimulatedLimiter:
     """One limiter, or one member of a pool, while the calls run."""
 
     def __init__(self, bounds: Bounds) -> None:
-        self.slots = NEVER if bounds.slots is None else bounds.slots
-        self.in_flight = self.admitted = 0
+        self.slots = Slots(NEVER if bounds.slots is None else bounds.slots)
         meters = ((Window(limit, wall=_wall_of(limit)), limit.resource) for limit in bounds.limits)
-        self.route = Route((self,), tuple(meters), bounded=(self,))
+        self.route = Route((self.slots,), tuple(meters), bounded=(self.slots,))
         #: The sum of the lengths (ns) of its calls, and the units that they used of limited resources,
         #: and of tokens.
         self.busy = 0
@@ -143,7 +142,7 @@ class SimulatedLimiter:
         running = self.running
         while running and running[0] <= now:
             record.end = max(record.end, heapq.heappop(running))
-            self.in_flight -= 1
+            self.slots.in_flight -= 1
 
 
 def _wall_of(limit: Limit) -> Callable[[int], int]:
@@ -203,13 +202,15 @@ def _limits(bounds: Bounds, record: Record, limiter: SimulatedLimiter) -> Iterat
     of = f"{bounds.name}: " if bounds.name else ""
     for limit in bounds.limits:
         used = limiter.used[limit.resource]
-        rate = limit.units / limit.per * limiter.admitted / used if used else None
+        rate = limit.units / limit.per * limiter.slots.admitted / used if used else None
         part = _part_used(limit, used, record)
         yield PlannedLimit(limit=f"{of}{limit}", resource=limit.resource, used=part, rate=rate)
     if bounds.slots is not None:
         part = limiter.busy / (bounds.slots * record.end) if record.end else 0.0
         rate = (
-            bounds.slots * limiter.admitted * NANOSECONDS / limiter.busy if limiter.busy else None
+            bounds.slots * limiter.slots.admitted * NANOSECONDS / limiter.busy
+            if limiter.busy
+            else None
         )
         slots = f"{of}{bounds.slots:,} at once"
         yield PlannedLimit(limit=slots, resource="concurrency", used=part, rate=rate)

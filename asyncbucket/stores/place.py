@@ -361,9 +361,10 @@ class StorePlace(Place):
         node = self._node
         limits = {key: window.limit for key, window in node.limits.items()}
         limits |= {limit.key: limit for limit in changes}
-        if concurrency is None and node.slots < NEVER:
-            concurrency = node.slots
-        learned = bool(limits) and node.learned >= limits.keys()
+        if concurrency is None and node.slots.most < NEVER:
+            concurrency = node.slots.most
+        windows = [node.limits.get(key) for key in limits]
+        learned = bool(limits) and all(each and not each.refuses for each in windows)
         return LimitConfig(limits=tuple(limits.values()), concurrency=concurrency, learned=learned)
 
     # --- with the lock held ---
@@ -382,7 +383,7 @@ class StorePlace(Place):
         named = {limit.key for limit in config.limits}
         node.limits = {key: each for key, each in node.limits.items() if key in named}
         node.set_limits(config.limits, self.clock(), learned=config.learned)
-        node.slots = NEVER if config.concurrency is None else config.concurrency
+        node.slots.most = NEVER if config.concurrency is None else config.concurrency
         pacer.limits_changed_locked(node)
         for limit in config.limits:
             if limit not in before.limits:
@@ -417,7 +418,7 @@ class StorePlace(Place):
     def batch(self, heads: Iterable[AnyWaiter]) -> Batch:
         """Return what to send, with what ``heads`` cost; its weight are all calls that wait, wherever."""
         booked = sum(self in each.given for each in self.calls.values())
-        return self.outbox.take(map(self._to_ask, heads), self._node.waiting - booked)
+        return self.outbox.take(map(self._to_ask, heads), self._node.standing.waiting - booked)
 
     def _unbooked(self) -> list[AnyWaiter]:
         return [

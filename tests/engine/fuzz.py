@@ -171,7 +171,7 @@ class Oracle:
         level = self.levels.get(limiter.name)
         if level is None:
             node = limiter._node
-            level = Level(limiter.name, work=node.work, weight=node.weight)
+            level = Level(limiter.name, work=node.work, weight=node.standing.weight)
             self.levels[limiter.name] = level
             self.note_terms(limiter, now)
         return level

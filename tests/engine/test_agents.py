@@ -239,7 +239,7 @@ async def test_no_agent_starves_beside_callers_that_never_stop(
     for task in loop.tasks:
         task.cancel()
     await asyncio.gather(*loop.tasks, return_exceptions=True)
-    order = loop.limiter._node.order
+    order = loop.limiter._node.standing.order
     assert isinstance(order, Agents)
     assert not order.waiting
 
@@ -318,9 +318,9 @@ async def test_cancelled_agents_leave_no_trace(time: VirtualTime) -> None:
     assert (now.waiting, now.in_flight) == (0, 0)
     assert now.agents is not None
     assert (now.agents.running, now.agents.finished) == (0, 2)
-    line = crowd.limiter._node.lines[0]
+    line = crowd.limiter._node.standing.lines[0]
     assert not line.calls
-    order = crowd.limiter._node.order
+    order = crowd.limiter._node.standing.order
     assert isinstance(order, Agents)
     assert not order.waiting
 

@@ -60,7 +60,7 @@ async def test_call_that_joins_the_line_while_a_slot_returns_gets_it(time: Virtu
             waiting.send(None)
             return 1
 
-    limiter._node.in_flight = Racing(2)
+    limiter._node.slots.in_flight = Racing(2)
     lease.release()
     await all_blocked()
     with pytest.raises(StopIteration):

@@ -270,7 +270,9 @@ async def test_random_calls_of_tenants_keep_all_limits_through_outages_and_leave
         assert (now.slots, {use.used for use in now.limits}) == (0, {0})
         assert now.workers == (3 if name == "openai" else 0)
     for limiter in three:
-        assert {(each.waiting, each.in_flight) for each in limiter._node.children or ()} == {(0, 0)}
+        assert {
+            (each.standing.waiting, each.slots.in_flight) for each in limiter._node.children or ()
+        } == {(0, 0)}
         await limiter.aclose()
 
 
