@@ -28,7 +28,7 @@ from asyncbucket.engine.wording import counted
 #: An empty mapping: most of ten thousand idle limiters need no container of their own.
 EMPTY_MAPPING: Final[Any] = MappingProxyType({})
 #: Windows more than this many times longer than the shortest do not affect who goes next.
-_LONG: Final = 100
+LONG: Final = 100
 
 
 class Standing:
@@ -200,7 +200,7 @@ class Node:
         shortest = min((limit.per for limit in limits), default=0)
         for limit in limits:
             each = limit.per / limit.units
-            if limit.per <= _LONG * shortest:
+            if limit.per <= LONG * shortest:
                 seconds[limit.resource] = min(each, seconds.get(limit.resource, each))
         return seconds
 

@@ -335,7 +335,7 @@ class Branch(Flow):
         self.clock = self._potential = self._weights = self._works = 0.0
         self._joined = 0
         #: Whether its flows compete by their priorities.
-        self._by_priority = above is None or node.standing.within
+        self.by_priority = above is None or node.standing.within
 
     def lines(self) -> Iterator[Line]:
         for flow in self.flows:
@@ -351,7 +351,7 @@ class Branch(Flow):
             self.flows.add(flow)
             if self.living <= 1:  # nobody else waits: what was served before delays no newcomer
                 self._potential = self.clock
-            if not self._by_priority:
+            if not self.by_priority:
                 self._joined = flow.rank = self._joined + 1
             self._make_ready(flow, kept=0.0)
 
@@ -445,8 +445,8 @@ class Branch(Flow):
     def _charge_first(self, work: float) -> None:
         """Charge the flow that is first, and move virtual time."""
         flow = self._ready[0][1]
-        if self._by_priority and len(self.flows) > 1:
-            self._weigh_priorities()
+        if self.by_priority and len(self.flows) > 1:
+            self.weigh_priorities()
         self._works += work - flow.work
         flow.work = work
         if flow.tag > self.clock:
@@ -461,7 +461,7 @@ class Branch(Flow):
             flow.tag += step
         heapq.heapreplace(self._ready, (flow.tag, flow))
 
-    def _weigh_priorities(self) -> None:
+    def weigh_priorities(self) -> None:
         """Give each priority that waits eight times the weight of the next below."""
         competing = sorted((flow for flow in self.flows if flow.competes), reverse=True)
         for place, flow in enumerate(competing):

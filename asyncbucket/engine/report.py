@@ -19,19 +19,19 @@ from asyncbucket.engine.errors import (
 )
 from asyncbucket.engine.events import Refused
 from asyncbucket.engine.meters import NEVER, Amounts
-from asyncbucket.engine.node import Node
+from asyncbucket.engine.node import LONG, Node
 from asyncbucket.engine.statistics import CacheUse, LimitUse, Statistics, Waits
 from asyncbucket.engine.wording import counted, in_seconds, with_verb
 
 if TYPE_CHECKING:
     from asyncbucket.engine.pacer import Pacer
-    from asyncbucket.engine.queue import AnyWaiter
+    from asyncbucket.engine.queue import Flow
 
 Refusal = TypeVar("Refusal", WouldBlock, AcquireTimeout, QueueFull)
 _AT_ONCE: Final = "cannot pass without waiting"
 _WAIT: Final = "wait with acquire()"
 #: If more wait, so many of them stand for all.
-_SAMPLE: Final = 100
+_SAMPLE: Final = 20
 #: A deadline further back (ns) than this was probably meant as seconds from now.
 _LONG_PAST: Final = 1_000_000_000
 REFUSALS: Final = (WouldBlock, AcquireTimeout, QueueFull, CostExceedsLimit)
@@ -45,7 +45,7 @@ def too_many_wait_locked(level: Node, node: Node, amounts: Amounts, priority: in
     ahead = counted(level.standing.waiting, "calls")
     how = f"cannot pass behind {ahead} waiting already" if level.standing.waiting else _AT_ONCE
     remedy = f"try again later or raise max_queue={level.standing.max_queue:,}"
-    return _refusal_locked(QueueFull, node, amounts, priority, how, remedy, level)
+    return _refusal_locked(QueueFull, node, amounts, priority, how, remedy)
 
 
 def refuse(node: Node, amounts: Amounts, priority: int) -> None:
@@ -110,15 +110,14 @@ def _refusal_locked(
     priority: int,
     how: str,
     remedy: str,
-    level: Node | None = None,
 ) -> Refusal:
     """Return the error of a refusal, with what binds and for how long."""
     pacer: Pacer = node.pacer
     now = pacer.clock()
-    ahead = _time_of_locked(level or node, priority)
     if node.ways:
         ways = ways_of(node, amounts)
         node = min(ways, key=lambda way: way.earliest(amounts, now)[0])
+    ahead = _time_ahead_locked(node, priority)
     due, bound_by, why = _reason_locked(node, amounts, now, ahead, at_once=error_type is WouldBlock)
     if bound_by == "paused":
         remedy = remedy.removesuffix(" or the limit")  # no limit ends a pause
@@ -137,23 +136,41 @@ def ways_of(node: Node, amounts: Amounts) -> list[Node]:
     return [*(node.able(amounts) or node.ways or (node,))]
 
 
-def _ahead_locked(level: Node, priority: int) -> "Iterator[AnyWaiter]":
-    """Yield who waits at ``level`` and below, and does not let a call of such a priority go before."""
-    for each, line in level.standing.lines.items():
-        if each >= priority:
-            yield from (waiter for waiter in line.waiters() if waiter.lines[0] is line)
-    for below in level.ways or level.children or ():
-        if below.standing.waiting:
-            yield from _ahead_locked(below, priority)
+def _time_ahead_locked(node: Node, priority: int) -> int:
+    """Return about how long (ns) the limits make those wait who go before a newcomer at ``node``.
 
-
-def _time_of_locked(level: Node, priority: int) -> int:
-    """Return about how long (ns) the limits make those wait who are ahead at ``level``."""
-    if not level.standing.waiting or not level.route.seconds:
+    Those are all in its line, and above whom the others' weights let go meanwhile.
+    """
+    flow: Flow | None = node.standing.lines.get(priority)
+    if flow is None or not flow.living:
         return 0
-    works = [level.work(each.amounts) for each in islice(_ahead_locked(level, priority), _SAMPLE)]
-    calls = len(works) if len(works) < _SAMPLE else level.standing.waiting
-    return round(sum(works) / max(1, len(works)) * calls * 1e9)
+    limits = [window.limit for each in node.path for window in each.limits.values()]
+    longest = LONG * min((limit.per for limit in limits), default=0)
+    calls, ahead, seconds = float(flow.living), _cost_of(flow, flow.living), 0.0
+    while flow is not None:
+        for limit in (window.limit for window in flow.node.limits.values()):
+            if limit.per <= longest:
+                seconds = max(seconds, ahead[limit.resource] * limit.per / limit.units)
+        if (above := flow.above) is not None:
+            if above.by_priority:
+                above.weigh_priorities()
+            share = (calls + 1) / flow.weight
+            for other in above.flows - {flow}:
+                waiting = sum(line.living for line in other.lines())
+                number = min(waiting, share * other.weight)
+                calls += number
+                ahead.update(_cost_of(other, number))
+        flow = above
+    return round(seconds * 1e9)
+
+
+def _cost_of(flow: "Flow", calls: float) -> Counter[str]:
+    """Return what so many calls of those that wait at ``flow`` cost on average."""
+    sample = [waiter.amounts for waiter in islice(flow.waiters(), _SAMPLE)]
+    total = Counter[str]()
+    for amounts in sample:
+        total.update(amounts)
+    return Counter({name: amount * calls / len(sample) for name, amount in total.items()})
 
 
 def _held_up(node: Node) -> tuple[str, int] | None:

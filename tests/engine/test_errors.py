@@ -145,14 +145,26 @@ async def test_error_counts_those_who_are_ahead(time: VirtualTime) -> None:
         limiter.acquire(tokens=tokens, priority=priority)
         for tokens, priority in ((500, 0), (2_000, 0), (9_000, -1))
     )
-    for priority, seconds in ((1, 1.0), (0, 3.5), (-1, 12.5)):
-        says = f"tokens bind for {seconds:g} s more"
+    for priority, seconds in ((1, 1.0), (0, 6.875), (-1, 12.5)):
+        says = f"tokens bind for {seconds:.3g} s more"
         with refused(AcquireTimeout, says, retry_after=seconds, bound_by="tokens"):
             await limiter.acquire(tokens=1_000, timeout=0.5, priority=priority)
     calls += await start_all(limiter.acquire(tokens=100) for _ in range(300))
-    mean = (500 + 2_000 + 98 * 100) / 100  # the first hundred stand for all
-    with refused(WouldBlock, retry_after=pytest.approx(1 + 303 * mean / 1_000)):
+    mean = (500 + 2_000 + 18 * 100) / 20  # the first twenty stand for all
+    with refused(WouldBlock, retry_after=pytest.approx(1 + (302 * mean + 9_000) / 1_000)):
         limiter.acquire_nowait(tokens=1_000)
+    for call in calls:
+        call.cancel()
+
+
+async def test_error_counts_what_others_get_meanwhile(time: VirtualTime) -> None:
+    key = Limiter("60 RPM burst 1", "5000 RPD", clock=time.clock)
+    a, b, slow = key.child("a"), key.child("b", weight=2), key.child("slow", rpm=6)
+    key.acquire_nowait()
+    calls = await start_all(each.acquire() for each in (a, b, slow) for _ in range(3))
+    for limiter, seconds in ((key, 1.0), (a, 1.0 + 3 + 3 + 3), (slow, 1.0 + 3 * 10)):
+        with refused(WouldBlock, retry_after=pytest.approx(seconds), bound_by="requests"):
+            limiter.acquire_nowait()
     for call in calls:
         call.cancel()
 
