@@ -16,7 +16,7 @@ from asyncbucket.engine.limits import Limit
 from asyncbucket.engine.meters import NEVER, Amounts, Route, admit, take
 from asyncbucket.engine.node import Node
 from asyncbucket.engine.queue import AnyWaiter, Line
-from asyncbucket.engine.report import ways_of
+from asyncbucket.engine.report import uses_locked, ways_of
 from asyncbucket.engine.wording import counted, in_seconds, named, rounded, with_verb, written
 
 if TYPE_CHECKING:
@@ -245,10 +245,10 @@ def _rates(node: Node, amounts: Amounts) -> list[Rate]:
         each = (_rates(way, amounts) for way in ways_of(node, amounts))
         return [min(rates, key=lambda rate: rate.calls) for rates in each if rates]
     return [
-        Rate(level.name, limit, limit.units / limit.per / amounts[limit.resource])
+        Rate(level.name, use.limit, use.rate / use.limit.per / amounts[use.limit.resource])
         for level in node.path
-        for limit in (window.limit for window in level.limits.values())
-        if amounts.get(limit.resource)
+        for use in uses_locked(level, node.pacer.clock())
+        if amounts.get(use.limit.resource)
     ]
 
 

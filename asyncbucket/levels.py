@@ -1,7 +1,9 @@
 """What adapters ask of a limiter: a call counts at each level, and one of them is the provider's."""
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple, TypeVar
+from functools import partial
+from typing import Any, Final, NamedTuple, TypeVar
 
 from asyncbucket.budgets import Budget, Charge
 from asyncbucket.engine.context import inherited, nanoseconds
@@ -16,6 +18,8 @@ from asyncbucket.engine.node import Node
 from asyncbucket.engine.node import shown_name as _shown_name
 from asyncbucket.engine.wording import USD
 
+_log: Final = logging.getLogger("asyncbucket")
+_LOWER: Final = "limiter %r is told %s, but the provider announces %s: no more pass"
 T = TypeVar("T")
 
 # The face of the core's private parts.
@@ -313,6 +317,7 @@ def observe_remaining(
         if window is None or node.place is not None:
             return
         meter = find_provider_meter(node, window)
+        before = meter.announced
         is_news = meter.heard(
             remaining,
             now,
@@ -327,6 +332,9 @@ def observe_remaining(
             else:
                 window.reshape(window.limit, now)
             _tell_belief(node, meter)
+        if meter.announced < min(before, window.limit.units):
+            name, ours, theirs = _shown_name(node.name), str(window.limit), f"{meter.announced:,}"
+            pacer.lock.news.append(partial(_log.warning, _LOWER, name, ours, theirs))
         pacer.ring_locked(node, now)
 
 
@@ -376,10 +384,10 @@ def call_refused(lease: Lease, limiter: Limiter, resource: str | None) -> None:
 
 def _tell_belief(node: Node, meter: Any) -> None:
     """Tell observers what is believed now of how the provider counts a limit."""
+    belief, words = meter.belief, "it is not known how the provider counts"
+    if belief is not None:
+        words = belief.words(meter.limit)
     if node.pacer.observed:
-        belief, words = meter.belief, "it is not known how the provider counts"
-        if belief is not None:
-            words = belief.words(meter.limit)
         node.pacer.notify_locked(node, BeliefChanged, limit=str(meter.limit), belief=words)
 
 

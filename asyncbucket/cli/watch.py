@@ -128,7 +128,7 @@ async def _peek(url: str) -> dict[str, Any]:
     finally:
         await store.aclose()
     if not names:
-        raise StoreError(f"{without_password(url)} has no limiter yet")
+        raise StoreError(f"{without_password(url)} holds no limiter now")
     return {"limiters": [_row(name, snapshot) for name, snapshot in snapshots if snapshot]}
 
 
@@ -190,6 +190,7 @@ def _facts(now: Mapping[str, Any], rate: float) -> Iterator[str]:
     if "waiting" in now:
         left = f" (about {now['waiting'] / rate:,.0f} s)" if now["waiting"] and rate else ""
         yield f"{now['waiting']:,} waiting{left}"
+    yield from (one_line(limit["belief"]) for limit in now["limits"] if limit.get("belief"))
     if not now.get("concurrency"):
         yield f"{now['in_flight']:,} in flight"
     if now.get("ahead"):

@@ -4,6 +4,7 @@ An error says what binds, for how long, and the remedy. It asks the same functio
 as whoever admits calls.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
@@ -241,13 +242,13 @@ def statistics_locked(node: Node) -> Statistics:
         overridden=pacer.root.counted().counts["overridden"],
         waits={name: Waits(n, ns * 1e-9) for name, (n, ns) in tally.waits.items()},
         refunded=dict(tally.refunded),
-        limits=tuple(_uses(node, now)),
+        limits=tuple(uses_locked(node, now)),
         bound_by=_bound_by(node, now),
         cache=CacheUse(tally.counts["reads"], tally.counts["writes"], tally.counts["saved_tokens"]),
     )
 
 
-def _uses(node: Node, now: int) -> Iterator[LimitUse]:
+def uses_locked(node: Node, now: int) -> Iterator[LimitUse]:
     """Yield how much of each limit is used."""
     wall, place = node.pacer.wall(now), node.place
     if place is not None:

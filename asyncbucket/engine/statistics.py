@@ -31,18 +31,25 @@ class Belief:
     since: float
     #: How many replies had shown it; if nothing is proven, how many waves of refusals.
     learned_from: int
+    #: Units in a window that it announces, if fewer than the limit: only those pass.
+    announced: int | None = None
 
     def words(self, limit: Limit) -> str:
         """Return a sentence about ``limit``."""
         span, rate = f"{written_out(limit.per)} s", written(self.rate, limit.resource)
-        size = counted(self.size, limit.resource)
+        size, says = counted(self.size, limit.resource), ""
+        if self.announced is not None:
+            says = f"the provider announces {counted(self.announced, limit.resource)} per {span}"
+        if not self.learned_from:
+            return says
         source = "replies" if self.kind else "waves of refusals"
         how = {
             "bucket": f"counts by a bucket of {size}, refilled at {rate} per {span}",
             "window": f"counts {size} in each {span}, not by a bucket",
             None: f"accepts {size} at once and {rate} per {span}",
         }[self.kind]
-        return f"the provider {how}; learned from {counted(self.learned_from, source)}"
+        learned = f"the provider {how}; learned from {counted(self.learned_from, source)}"
+        return f"{says}; {learned}" if says else learned
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +65,12 @@ class LimitUse:
     resets_in: float | None = None
     #: How the provider counts it, if its replies have shown that.
     belief: Belief | None = None
+
+    @property
+    def rate(self) -> int:
+        """Units that pass in a window in the long run: the limit, or less if the provider takes less."""
+        units = self.limit.units
+        return units if self.belief is None else min(units, self.belief.rate)
 
 
 @dataclass(frozen=True, slots=True)

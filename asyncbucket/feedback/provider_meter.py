@@ -246,13 +246,14 @@ class ProviderMeter(Meter):
         """
         self._leak(now)
         self._heard = now, left
+        before = self._limit
         if limit is not None and limit != self.announced:
             self.rate, self.announced = max(1, min(self.rate, limit)), limit
             self._proof.agreed.clear()
         sent = now if since is None else since
         is_news = self._is_news(left, now, sent, rounding, full_in)
         if is_news:
-            self._believed = now, self._proof.heard
+            self._believed = now, self._proof.heard if self.kind else self._waves
             self.size = min(self.size, self._top)
             self._remaining.restart()
         self._remaining.hear(
@@ -260,7 +261,7 @@ class ProviderMeter(Meter):
             ours=self._backlog.level(now, self.rate),
             rounding=rounding,
         )
-        return is_news
+        return is_news or self._limit != before
 
     def _is_news(
         self, left: int, now: int, sent: int, rounding: int, full_in: tuple[int, int] | None
@@ -284,7 +285,8 @@ class ProviderMeter(Meter):
     @property
     def belief(self) -> Belief | None:
         """What is believed of how the provider counts; None as long as nothing was learned."""
-        if self.kind is None and not self._waves:
+        is_lower = self.announced < self._told
+        if self.kind is None and not self._waves and not is_lower:
             return None
         return Belief(
             kind=self.kind,
@@ -292,6 +294,7 @@ class ProviderMeter(Meter):
             rate=self.rate,
             since=self._believed[0] * 1e-9,
             learned_from=self._believed[1],
+            announced=self._limit if is_lower else None,
         )
 
 

@@ -84,6 +84,7 @@ def row_of(use: LimitUse) -> dict[str, Any]:
         "per": limit.per,
         "used": use.used,
         "available": use.available,
+        "belief": None if use.belief is None else use.belief.words(limit),
     }
 
 

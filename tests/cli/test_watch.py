@@ -51,13 +51,16 @@ def panel_of(now: dict[str, Any], *before: dict[str, Any]) -> Panel:
 
 
 def test_panel_shows_binding_limit_and_estimated_wait() -> None:
-    panel = panel_of(LOOK, {**LOOK, "admitted": 110})
+    requests, tokens = LOOK["limits"]
+    learned = {"limits": [requests | {"belief": "the provider announces 60 requests"}, tokens]}
+    panel = panel_of(LOOK | learned, {**LOOK, "admitted": 110})
     assert [(bar.note, bar.style) for bar in panel.bars] == [
         *(("", "green"), ("binds", "red"), ("", "yellow"))
     ]
     assert panel.facts == (
         "paused for 1.5 s more",
         "30 waiting (about 6 s)",
+        "the provider announces 60 requests",
         "120 admitted, 5.0/s now",
         "1 refused by the provider (429)",
         "2 turned away",

@@ -6,6 +6,7 @@ import re
 import pytest
 
 from asyncbucket import Limit, Limiter, WouldBlock
+from asyncbucket.engine.events import BeliefChanged
 from asyncbucket.http import ANTHROPIC, GROQ, OPENAI, Profile
 from asyncbucket.levels import call_accepted
 from asyncbucket.providers.learn import HeaderReader, read_reset
@@ -97,6 +98,22 @@ def test_late_header_subtracts_calls_sent_since_its_request(clock: VirtualClock)
         limiter.acquire_nowait().release()
     reader.read(said("requests 498"), OPENAI, since=start)
     assert available(limiter) == [488]
+
+
+def test_lower_announced_limit_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    limiter, heard = Limiter("600 RPM"), list[object]()
+    limiter.observe(heard.append)
+    reader = HeaderReader(limiter)
+    for _ in range(2):
+        reader.read(said("requests 50/60"), OPENAI, since=limiter.now())
+    told = "limiter 'default' is told 600 requests per 60 s, but the provider announces 60: no more pass"
+    assert caplog.messages == [told]
+    assert [event.belief for event in heard if isinstance(event, BeliefChanged)] == [
+        "the provider announces 60 requests per 60 s"
+    ]
+    explained = str(limiter.explain())
+    assert "requests allow 60 such calls a minute" in explained
+    assert explained.endswith("; the provider announces 60 requests per 60 s")
 
 
 def test_limiter_without_limits_learns_and_follows_announced_ones_but_not_over_its_own() -> None:

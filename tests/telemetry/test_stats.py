@@ -60,6 +60,7 @@ def test_report_is_served_with_children_without_names_of_tenants() -> None:
         "per": 60,
         "used": 150,
         "available": 9_850,
+        "belief": None,
     }
     assert "secret" not in text
 
