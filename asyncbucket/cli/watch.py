@@ -4,6 +4,7 @@ import asyncio
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Annotated, Any, Final
 
@@ -12,7 +13,6 @@ import typer
 from rich.console import Console
 
 from asyncbucket.cli import options
-from asyncbucket.cli.keyboard import Keyboard
 from asyncbucket.cli.ui import Bar, Panel, Screen
 from asyncbucket.engine.errors import StoreError
 from asyncbucket.engine.wording import counted, in_seconds, one_line, written
@@ -26,6 +26,7 @@ _COUNTS: Final = {
     "refused": "turned away",
     "cancelled": "gave up",
 }
+_HOW: Final = "openai/chat: 600 RPM, 200k TPM | concurrency 8 | pause 60 | resume | shadow off\n> "
 #: From this part on a limit is nearly used up.
 _FULL: Final = 0.9
 
@@ -53,7 +54,7 @@ def watch(
 
     It shows how full each limit is, what binds, and who waits. A program must call
     limiter.serve_stats() to be watched; the URL of a store shows all programs that share it. It ends
-    when the program does, or with Ctrl-C.
+    when the program does, or with Ctrl-C; with a token, Ctrl-C first asks for a change.
 
     Examples:
         asyncbucket watch
@@ -62,8 +63,7 @@ def watch(
         asyncbucket watch http://127.0.0.1:4294 --token TOKEN
     """
     if token is not None:
-        with Keyboard(url, token) as keyboard:
-            _show(_readings(partial(_fetch, url), interval, keyboard.wait), keyboard)
+        _control(url, token, interval)
         return
     read = partial(_fetch, url) if url.startswith("http://") else lambda: asyncio.run(_peek(url))
     readings = _readings(read, None if once else interval)
@@ -73,40 +73,46 @@ def watch(
         typer.echo(json.dumps(reading))
 
 
-def _readings(
-    read: Reader, interval: float | None, wait: Callable[[float], object] = time.sleep
-) -> Iterator[dict[str, Any]]:
+def _control(url: str, token: str, interval: float) -> None:
+    """Show what the limiters do until Ctrl-C; change them as the line says that is typed then."""
+    while True:
+        typer.echo("Press Ctrl-C to change a limiter, twice to leave.", err=True)
+        with suppress(KeyboardInterrupt):
+            _show(_readings(partial(_fetch, url), interval))
+        headers = {"Authorization": f"Bearer {token}"}
+        told = _fetch(url, "POST", content=input(_HOW), headers=headers)
+        typer.echo(told.get("error", "Done."), err=True)
+
+
+def _readings(read: Reader, interval: float | None) -> Iterator[dict[str, Any]]:
     """Yield what is read, until nobody answers any more."""
     yield read()
     while interval is not None:
-        wait(interval)
+        time.sleep(interval)
         try:
             yield read()
         except ConnectionError as error:
             if not isinstance(error.__cause__, httpx.NetworkError | httpx.RemoteProtocolError):
                 raise
             typer.echo("the program that was watched has ended", err=True)
-            return
+            raise typer.Exit from error
 
 
-def _show(readings: Iterator[dict[str, Any]], keyboard: Keyboard | None = None) -> None:
+def _show(readings: Iterator[dict[str, Any]]) -> None:
     before: Limiters = []
     last = time.monotonic()
     with Screen(Console(highlight=False), stays=True) as screen:
         for reading in readings:
             now = time.monotonic()
-            panels = compare(reading["limiters"], before, now - last)
-            if keyboard is not None:
-                panels.append(keyboard.panel(reading["limiters"]))
-            screen.show(panels)
+            screen.show(compare(reading["limiters"], before, now - last))
             before, last = reading["limiters"], now
 
 
-def _fetch(url: str) -> dict[str, Any]:
+def _fetch(url: str, method: str = "GET", **change: Any) -> dict[str, Any]:
     try:
         with httpx.Client(trust_env=False, timeout=_PATIENCE) as client:
-            report: Any = client.get(url).json()
-        return {"time": report["time"], "limiters": report["limiters"]}
+            report: Any = client.request(method, url, **change).json()
+        return {"time": report["time"], "limiters": report["limiters"], **report}
     except (httpx.HTTPError, httpx.InvalidURL, KeyError, TypeError, ValueError) as error:
         kind = type(error).__name__  # its message may quote a password
         raise ConnectionError(

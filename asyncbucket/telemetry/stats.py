@@ -2,8 +2,8 @@
 
 The endpoint is for scripts, too. It listens only on loopback, and has its own thread, so it answers
 even while the event loop is busy. A browser that was directed to it under a foreign host name gets
-nothing (DNS rebinding). It is read-only unless the program asks for control: then a POST with the
-token that the program printed changes a limiter, if no web page sends it.
+nothing (DNS rebinding). It is read-only unless the program asks for control: then a POST of a line,
+with the token that the program printed, changes a limiter, if no web page sends it.
 
 A limiter's numbers include those of the limiters below it. Tenants are private: they count in the
 numbers of the limiter above, and are not listed.
@@ -21,16 +21,17 @@ import socketserver
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any, Final, Self, cast
+from typing import Any, Final, Self
 from urllib.parse import urlsplit
 
 from asyncbucket.engine.dispatchers import reset_after_fork
 from asyncbucket.engine.errors import AsyncBucketError
 from asyncbucket.engine.events import Admitted, Cancelled, Event, Paused, Queued, Refused
 from asyncbucket.engine.limiter import Limiter
+from asyncbucket.engine.limits import read_amount
 from asyncbucket.engine.statistics import LimitUse
 from asyncbucket.engine.wording import read_count
 from asyncbucket.levels import members_of
@@ -39,15 +40,6 @@ from asyncbucket.telemetry.metrics import with_children
 _HOST: Final = "127.0.0.1"
 #: Where `asyncbucket watch` looks.
 DEFAULT_PORT: Final = 4294
-#: The most bytes of a change; and what can be changed.
-_LARGEST: Final = 65_536
-_CHANGES: Final[Mapping[str, Callable[[Limiter, Any], object]]] = {
-    "limits": lambda limiter, limits: limiter.reconfigure(*limits),
-    "concurrency": lambda limiter, slots: limiter.reconfigure(concurrency=slots),
-    "pause": lambda limiter, seconds: limiter.pause(seconds, reason="by hand"),
-    "resume": lambda limiter, _: limiter.resume(),
-    "shadow": lambda limiter, stays: None if stays else limiter.leave_shadow(),
-}
 #: What a trace keeps.
 _KEPT: Final = (Admitted, Cancelled, Paused, Queued, Refused)
 
@@ -91,8 +83,8 @@ def row_of(use: LimitUse) -> dict[str, Any]:
 class StatsServer:
     """Serve the statistics of limiters; made by `Limiter.serve_stats`.
 
-    A GET of any path returns JSON; see `report`. With control, a POST with the token changes a
-    limiter; see `change`. It is a context manager that closes on leaving.
+    A GET of any path returns JSON; see `report`. With control, a POST of a line with the token
+    changes a limiter; see `change`. It is a context manager that closes on leaving.
     """
 
     def __init__(self, limiters: Sequence[Limiter], port: int, *, control: bool = False) -> None:
@@ -160,27 +152,30 @@ def serve_stats(
     return server
 
 
-def change(limiters: Iterable[Limiter], wanted: Any) -> None:
-    """Change one of ``limiters`` or their children as ``wanted`` says.
+def change(limiters: Iterable[Limiter], line: str) -> None:
+    """Change one of ``limiters`` or their children as a line says: ``openai/chat: 600 RPM, 200k TPM``.
 
-    It has ``limiter``, the name, and one of these: ``limits``, strings such as ``"600 RPM"``;
-    ``concurrency``; ``pause``, seconds; ``resume``, true; ``shadow``, false.
+    After the name come limits, or ``concurrency 8``, ``pause 60`` (seconds), ``resume``, or
+    ``shadow off``. Without a name, the first limiter is meant.
 
     Raises:
-        ValueError, TypeError: it cannot be understood; nothing is changed then.
+        ValueError: it cannot be understood; nothing is changed then.
     """
-    match wanted:
-        case {"limiter": str(name), **what} if len(what) == 1 and what.keys() <= _CHANGES.keys():
-            key, value = cast("tuple[str, Any]", what.popitem())
-        case _:
-            raise TypeError(
-                f'send a JSON object such as {{"limiter": "openai", "limits": ["600 RPM"]}}, with one '
-                f"of {', '.join(_CHANGES)}"
-            )
-    found = [each for each in _all(limiters) if each.name == name]
+    name, _, wanted = line.strip().rpartition(": ")
+    found = [each for each in _all(limiters) if name in ("", each.name)]
     if not found:
-        raise ValueError(f"no limiter is called {name!r}")
-    _CHANGES[key](found[0], value)
+        raise ValueError(f"no limiter is called {name!r}: a GET shows their names")
+    match wanted.split():
+        case ["concurrency", slots]:
+            found[0].reconfigure(concurrency=read_amount(slots))
+        case ["pause", seconds]:
+            found[0].pause(read_amount(seconds), reason="by hand")
+        case ["resume"]:
+            found[0].resume()
+        case ["shadow", "off"]:
+            found[0].leave_shadow()
+        case _:
+            found[0].reconfigure(*wanted.split(", "))
 
 
 class _Server(socketserver.ThreadingTCPServer):
@@ -205,34 +200,26 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if not is_loopback(self.headers.get("Host") or "localhost"):
             self.send_error(403, "Only for this machine")
         else:
-            self._answer(200, report(self.limiters))
+            self._answer(200)
 
     def do_POST(self) -> None:
-        """Change a limiter, and answer with how all are now."""
-        origin = self.headers.get("Origin")
+        """Change a limiter as the line that was sent says."""
         given = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
-        length = self.headers.get("Content-Length", "")
-        if origin is not None or not is_loopback(self.headers.get("Host") or "localhost"):
+        if "Origin" in self.headers or not is_loopback(self.headers.get("Host") or "localhost"):
             self.send_error(403, "Only for programs on this machine")
-        elif self.token is None:
-            self.send_error(405, "Read-only: the program did not ask for control")
-        elif not secrets.compare_digest(given.encode(), self.token.encode()):
-            self.send_error(401, "The token is not the one that the program printed")
-        elif not (length.isdecimal() and int(length) <= _LARGEST):
-            self.send_error(413, f"Send at most {_LARGEST} bytes, and their number")
+        elif not (self.token and secrets.compare_digest(given.encode(), self.token.encode())):
+            self._answer(401, error="it takes the token that serve_stats(control=True) prints")
         else:
-            self._change(self.rfile.read(int(length)))
+            try:
+                line = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                change(self.limiters, line.decode())
+                self._answer(200)
+            except (AsyncBucketError, ValueError) as error:
+                self._answer(400, error=str(error))
 
-    def _change(self, body: bytes) -> None:
-        try:
-            change(self.limiters, json.loads(body))
-        except (AsyncBucketError, TypeError, ValueError) as error:
-            self._answer(400, {"error": str(error)})
-        else:
-            self._answer(200, report(self.limiters))
-
-    def _answer(self, status: int, told: dict[str, Any]) -> None:
-        body = json.dumps(told).encode()
+    def _answer(self, status: int, **told: str) -> None:
+        """Answer with how all limiters are now."""
+        body = json.dumps({**told, **report(self.limiters)}).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json; charset=utf-8")
         self.send_header("Content-Length", str(len(body)))

@@ -110,8 +110,10 @@ async def draw_watch_and_trace(folder: Path) -> None:
                 command = f"asyncbucket watch {server.url} --token {server.token}"
                 terminal = Terminal(folder, command)
                 await asyncio.sleep(3)
-                terminal.type("Tab", "Tab", "limits 60 requests/6s", "Enter")
-                await asyncio.sleep(1.5)
+                terminal.type("C-c")
+                await asyncio.sleep(0.5)
+                terminal.type("openai/batch: 60 requests/6s")
+                await asyncio.sleep(0.5)
                 terminal.draw(HERE / "watch.svg", "asyncbucket watch")
             await program
     trace.save(str(folder / "trace.jsonl"))

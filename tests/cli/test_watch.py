@@ -2,10 +2,8 @@
 
 import asyncio
 import json
-import os
 import socket
 import threading
-from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,6 @@ from typer.testing import CliRunner
 
 from asyncbucket import Limiter
 from asyncbucket.cli.app import app
-from asyncbucket.cli.keyboard import Keyboard
 from asyncbucket.cli.ui import Panel
 from asyncbucket.cli.watch import compare
 from asyncbucket.telemetry import report
@@ -172,59 +169,25 @@ def test_watch_ends_well_when_the_program_does() -> None:
     assert done.stdout.count("openai") >= 1
 
 
-@pytest.fixture
-def terminal(monkeypatch: pytest.MonkeyPatch) -> Generator[int]:
-    """Make standard input a terminal, and return where its keys are typed."""
-    ours, theirs = os.openpty()
-    with os.fdopen(theirs) as stdin:
-        monkeypatch.setattr("sys.stdin", stdin)
-        yield ours
-    os.close(ours)
+def test_typed_lines_change_the_limiters_of_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    def press_ctrl_c(_: float) -> None:
+        raise KeyboardInterrupt
 
-
-def test_typed_commands_change_the_limiters_of_the_program(terminal: int) -> None:
-    limiter = Limiter("60 RPM", name="openai", concurrency=3, shadow=True)
+    monkeypatch.setattr("time.sleep", press_ctrl_c)
+    limiter = Limiter("60 RPM", name="openai")
     chat = limiter.child("chat")
-    rows = report([limiter])["limiters"]
     with limiter.serve_stats(port=0, control=True) as server:
-        assert server.token is not None
-        with Keyboard(server.url, server.token) as keyboard:
-            assert keyboard.panel(rows).title == "> openai  "
 
-            def typed(keys: str) -> str:
-                os.write(terminal, keys.encode())
-                keyboard.wait(20)
-                return str(keyboard.panel(rows))
+        def typed(lines: str, token: object) -> Any:
+            return run.invoke(app, ["watch", server.url, "--token", str(token)], input=lines)
 
-            assert "limits: OK" in typed("limits 9 RPX\x7fM\n")
-            assert limiter.limits[0].amount == 9
-            assert "concurrency: OK" in typed("concurrency 7\n")
-            assert limiter.concurrency == 7
-            assert limiter.statistics().shadow is not None
-            assert "shadow: OK" in typed("shadow off\n")
-            assert limiter.statistics().shadow is None
-            assert typed("pau").startswith("> openai  shadow: OK: pau_")
-            assert "pause: OK" in typed("se 60\n")
-            assert limiter.statistics().paused > 50
-            assert "resume: OK" in typed("resume\n")
-            assert limiter.statistics().paused == 0
-            assert "is not a limit" in typed("limits soon\n")
-            assert "pause must be a number" in typed("pause soon\n")
-            assert "send a JSON object such as" in typed("stop\n")
-            assert typed("\tlimits 5 RPM\n").startswith("> openai/chat  limits: OK: type limits ")
-            assert chat.limits[0].amount == 5
-            keyboard.wait(0.01)
-        with Keyboard(server.url, "wrong") as stranger:
-            stranger.panel(rows)
-            stranger.take("\n")
-            assert "The token is not the one that the program printed" in str(stranger.panel(rows))
-    with Keyboard(server.url, "any") as late:
-        late.panel(rows)
-        late.take("\n")
-        assert "the program does not answer (ConnectError)" in str(late.panel(rows))
-
-
-def test_keys_need_a_terminal() -> None:
-    result = run.invoke(app, ["watch", "--token", "x"])
-    assert result.exit_code == 2
-    assert "--token needs a terminal to read keys from" in result.output
+        done = typed("9 RPM\nsoon\nopenai/chat: 5 RPM\n", server.token)
+        assert (limiter.limits[0].amount, chat.limits[0].amount) == (9, 5)
+        assert "openai: 0 of 9 requests per 60 s" in done.stdout
+        hint, *said = done.stderr.splitlines()
+        assert hint == "Press Ctrl-C to change a limiter, twice to leave."
+        assert said[0] == said[4] == "Done."
+        assert said[2].startswith("'soon' is not a limit; write e.g.")
+        assert "openai/chat: 600 RPM, 200k TPM | concurrency 8 | pause 60" in done.stdout
+        wrong = typed("9 RPM\n", "wrong").stderr
+        assert "it takes the token that serve_stats(control=True) prints" in wrong
