@@ -9,30 +9,30 @@ name look-ups of providers are watched, too, by Python's audit hook: a look-up t
 libraries makes is reported with its host alone.
 
 What led to a call is on the stack, but only back to the start of its task, or of its job on another
-thread. Each of them therefore has an `_Origin`: a task in its context, which it has from the code
-that starts it; a job, whose context may be anybody's, in a variable of its thread. Nothing is patched
-before an audit begins, and everything is put back when it ends; only the audit hook stays, because
-Python cannot remove one, and does nothing then.
+thread. Each of them therefore gets an `_Origin` from the code that starts it: a task in its context; a
+job, whose context may be anybody's, in the frame of `_run`. Nothing is patched before an audit begins,
+and everything is put back when it ends; only the audit hook stays, because Python cannot remove one,
+and does nothing then.
 """
 
 import asyncio
-import contextlib
 import functools
-import importlib
 import os
 import re
 import sys
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
+from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from importlib import import_module
 from pathlib import Path
-from typing import Any, Final, NamedTuple, Self
+from typing import Any, Final, NamedTuple, cast
 
-from asyncbucket.engine.lease import OPEN, OVER, Lease
+from asyncbucket.engine.lease import OPEN, Lease
 from asyncbucket.providers.profiles import GENERIC, profile_of
 
 _CALLBACK: Final = asyncio.Handle._run.__code__  # noqa: SLF001
@@ -64,18 +64,13 @@ class Unpaced:
 
 
 class Audit:
-    """Report calls to model providers that no limiter of this process admitted; made by `audit`.
+    """Show what was seen of calls to model providers; made by `audit`."""
 
-    It is a context manager. It changes no call, and costs each some 12 microseconds while it is on.
-    """
-
-    def __init__(self, hosts: Iterable[str] = ()) -> None:
-        if isinstance(hosts, str):
-            raise TypeError(f"hosts must be a list of names, such as [{hosts!r}]")
-        self._hosts = tuple(host.lower() for host in hosts)
+    def __init__(self, hosts: Iterable[str]) -> None:
+        names = [hosts] if isinstance(hosts, str) else hosts
+        self._hosts = tuple(name.lower() for name in names)
         self._lock = threading.Lock()
         self._found: Counter[tuple[str, str, str]] = Counter()
-        self._patched = contextlib.ExitStack()
         #: How many calls to model providers a limiter admitted.
         self.paced = 0
 
@@ -85,28 +80,12 @@ class Audit:
         with self._lock:
             return sorted(Unpaced(*key, count) for key, count in self._found.items())
 
-    def __enter__(self) -> Self:
-        if _ON:
-            raise RuntimeError("another audit is on in this process: end that one first")
-        _ON.append(self)
-        _add_hook()
-        for module, owner, method, patch in _PATCHES:
-            with contextlib.suppress(ModuleNotFoundError):
-                cls = getattr(importlib.import_module(module), owner)
-                original = vars(cls)[method]
-                setattr(cls, method, _instead(original, patch))
-                self._patched.callback(setattr, cls, method, original)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._patched.close()
-        _ON.clear()
-
     def note(self, host: str, path: str) -> None:
         """Count a call that is about to be made, if it goes to a provider."""
         if profile_of(host) is GENERIC and not any(fnmatchcase(host, each) for each in self._hosts):
             return
-        is_paced = any(lease._state in OPEN for lease in _leases())  # noqa: SLF001
+        leases = [each() for each in _LEASES.get()]
+        is_paced = any(lease and lease._state in OPEN for lease in leases)  # noqa: SLF001
         where = "" if is_paced else _origin().where.removeprefix(f"{Path.cwd()}{os.sep}")
         with self._lock:
             if is_paced:
@@ -122,11 +101,13 @@ class Audit:
         told = f"Calls to model providers: {total:,} unpaced, {self.paced:,} paced."
         return "\n".join([told, *rows, _NOT_SEEN])
 
-    def __repr__(self) -> str:
-        return f"<Audit of {self.paced:,} paced and {sum(self._found.values()):,} unpaced calls>"
+
+#: The audit that is on, if any.
+_ON: Final[list[Audit]] = []
 
 
-def audit(*, hosts: Iterable[str] = ()) -> Audit:
+@contextmanager
+def audit(*, hosts: Iterable[str] = ()) -> Generator[Audit]:
     """Report each call to a model provider that no limiter admits, while the block runs.
 
     >>> with audit(hosts=["llm.corp.example"]) as seen:
@@ -144,17 +125,23 @@ def audit(*, hosts: Iterable[str] = ()) -> Audit:
     Raises:
         RuntimeError: on entering: another audit is on.
     """
-    return Audit(hosts)
+    if _ON:
+        raise RuntimeError("another audit is on in this process: end that one first")
+    with ExitStack() as at_end:
+        _ON.append(Audit(hosts))
+        at_end.callback(_ON.clear)
+        _add_hook(_on_event)
+        for module, owner, method, patch in _PATCHES:
+            with suppress(ModuleNotFoundError):
+                cls = getattr(import_module(module), owner)
+                original = vars(cls)[method]
+                setattr(cls, method, functools.partialmethod(patch, original))
+                at_end.callback(setattr, cls, method, original)
+        yield _ON[0]
 
 
-#: The audit that is on, if any.
-_ON: Final[list[Audit]] = []
-
-
-@functools.cache
-def _add_hook() -> None:
-    """Install the hook, once: Python cannot remove it."""
-    sys.addaudithook(_on_event)
+#: It installs a hook once: Python cannot remove it.
+_add_hook: Final = functools.cache(sys.addaudithook)
 
 
 def _on_event(event: str, args: tuple[Any, ...]) -> None:
@@ -178,35 +165,22 @@ class _Origin(NamedTuple):
     is_watched: bool = False
 
 
-_References = tuple["weakref.ref[Lease]", ...]
-_LEASES: Final[ContextVar[_References]] = ContextVar("asyncbucket_leases", default=())
-_NOWHERE: Final = _Origin()
-_TASK: Final = ContextVar("asyncbucket_origin", default=_NOWHERE)
-_JOB: Final = threading.local()
-
-
-def _leases() -> list[Lease]:
-    """Return the leases of this context that are not over."""
-    known = [each() for each in (*_LEASES.get(), *getattr(_JOB, "leases", ()))]
-    return [lease for lease in known if lease and lease._state < OVER]  # noqa: SLF001
-
-
-def _references(*leases: Lease) -> _References:
-    return tuple(map(weakref.ref, leases))
+_TASK: Final = ContextVar("asyncbucket_origin", default=_Origin())  # noqa: B039 - it is a tuple
+#: References to the leases that were made in a context.
+_LEASES: Final = ContextVar[tuple["weakref.ref[Lease]", ...]]("asyncbucket_leases", default=())
 
 
 def _origin() -> _Origin:
     """Return what is on the stack, back to the user's line or to what led to this task or job."""
-    is_watched = False
-    frame: Any = sys._getframe(1)  # noqa: SLF001
+    is_watched, frame = False, cast("Any", sys._getframe(1))  # noqa: SLF001
     # Beyond a loop's callback is what runs the loop, not what started this task.
-    while frame is not None and frame.f_code is not _CALLBACK:
+    while frame is not None and frame.f_code not in (_CALLBACK, _run.__code__):
         package = _package(frame.f_code.co_filename)
         if not package:
             return _Origin(f"{frame.f_code.co_filename}:{frame.f_lineno}", is_watched)
         is_watched = is_watched or package in _LIBRARIES
         frame = frame.f_back
-    before = getattr(_JOB, "origin", _TASK.get())
+    before: _Origin = (frame and frame.f_locals.get("origin")) or _TASK.get()
     return _Origin(before.where, is_watched or before.is_watched)
 
 
@@ -220,18 +194,9 @@ def _package(file: str) -> str:
 # --- what is called instead of a method while an audit is on ---
 
 
-def _instead(original: Any, patch: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a method that calls ``patch``, which is given the original behind ``self``."""
-
-    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return patch(self, original, *args, **kwargs)
-
-    return method
-
-
 def _make_lease(lease: Lease, init: Any, *args: Any) -> None:
     init(lease, *args)
-    _LEASES.set(_references(*_leases(), lease))
+    _LEASES.set((*[each for each in _LEASES.get() if each()], weakref.ref(lease)))
 
 
 def _create_task(loop: Any, create_task: Any, *args: Any, **kwargs: Any) -> Any:
@@ -240,11 +205,12 @@ def _create_task(loop: Any, create_task: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _submit(executor: Any, submit: Any, job: Any, /, *args: Any, **kwargs: Any) -> Any:
-    return submit(executor, _run, _origin(), _references(*_leases()), job, *args, **kwargs)
+    return submit(executor, _run, _origin(), _LEASES.get(), job, *args, **kwargs)
 
 
-def _run(origin: _Origin, leases: _References, job: Any, /, *args: Any, **kwargs: Any) -> Any:
-    _JOB.origin, _JOB.leases = origin, leases  # until the thread's next job
+def _run(origin: _Origin, leases: Any, job: Any, /, *args: Any, **kwargs: Any) -> Any:  # noqa: ARG001
+    """Run a job on another thread; `_origin` finds ``origin`` in this frame."""
+    _LEASES.set(leases)  # in the thread's own context, until its next job
     return job(*args, **kwargs)
 
 

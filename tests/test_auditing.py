@@ -192,7 +192,7 @@ async def test_lease_that_is_over_or_was_never_awaited_paces_nothing(url: str) -
 
 
 def test_name_look_ups_that_no_watched_call_explains_are_reported() -> None:
-    with audit(hosts=["localhost"]) as seen:
+    with audit(hosts="localhost") as seen:
         with Limiter("500 RPM").acquire_sync():
             socket.getaddrinfo("localhost", 80)
         socket.getaddrinfo("localhost", 80)
@@ -218,9 +218,6 @@ def test_everything_is_put_back_and_only_one_audit_is_on() -> None:
     assert str(seen).startswith(
         "Calls to model providers: 0 unpaced, 0 paced.\nNot seen: hosts that"
     )
-    assert repr(seen) == "<Audit of 0 paced and 0 unpaced calls>"
-    with pytest.raises(TypeError, match=r"hosts must be a list of names, such as \['a'\]"):
-        audit(hosts="a")
 
 
 def test_libraries_that_are_not_installed_are_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,7 +276,7 @@ def test_command_names_each_call_and_exits_with_3(tmp_path: Path) -> None:
     assert (status, said.splitlines()[0][:42]) == (5, "Calls to model providers: 0 unpaced, 0 pac")
     assert audited("--", "/nowhere") == (
         2,
-        "error: '/nowhere' can't be audited: give a script, -m MODULE, or a command\n",
+        "error: give a script, -m MODULE or a command, not '/nowhere'\n",
     )
 
 

@@ -7,12 +7,12 @@ import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from asyncbucket import auditing
-from asyncbucket.cli import DONE, FAILED, INTERRUPTED, UNPACED, options
+from asyncbucket.cli import FAILED, INTERRUPTED, UNPACED, options
 
 
 def audit(
@@ -36,20 +36,16 @@ def audit(
         asyncbucket audit --host llm.corp.example -- pytest tests
     """
     run = _program(command[Path(command[0]).name.startswith("python") :])
-    status: Any = DONE
     with auditing.audit(hosts=host or ()) as seen:
         try:
             run(run_name="__main__")
-        except SystemExit as end:
-            status = end.code
-        except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the report is due anyway
+        except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the program's, not ours
             traceback.print_exc()
-            status = INTERRUPTED if isinstance(error, KeyboardInterrupt) else FAILED
-    if isinstance(status, str):  # as Python shows it
-        typer.echo(status, err=True)
-        status = FAILED
-    typer.echo(seen, err=True)
-    sys.exit(UNPACED if seen.unpaced else status)
+            sys.exit(INTERRUPTED if isinstance(error, KeyboardInterrupt) else FAILED)
+        finally:
+            typer.echo(seen, err=True)
+            if seen.unpaced:
+                sys.exit(UNPACED)
 
 
 def _program(command: list[str]) -> Callable[..., object]:
@@ -66,7 +62,4 @@ def _program(command: list[str]) -> Callable[..., object]:
             sys.argv, sys.path[0] = [file, *command[1:]], str(Path(file).parent.resolve())
             return partial(runpy.run_path, file)
         case _:
-            program = " ".join(command)
-            raise ValueError(
-                f"{program!r} can't be audited: give a script, -m MODULE, or a command"
-            )
+            raise ValueError(f"give a script, -m MODULE or a command, not {' '.join(command)!r}")
