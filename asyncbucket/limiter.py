@@ -174,7 +174,7 @@ class Limiter(EngineLimiter):
             place = open_place(self._node, store, on_outage=on_outage, slot_ttl=slot_ttl)
             self._node.pacer.place = place
         if shadow:
-            self._node.bystander = Shadow(self._node)
+            self._node.bystander = Shadow(self)
 
     def _set_up(self, node: Node, parent: EngineLimiter | None, terms: Terms) -> None:
         super()._set_up(node, parent, terms)

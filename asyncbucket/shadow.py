@@ -12,21 +12,19 @@ Two things are not played: arrivals that would have come later because replies d
 and priorities, which change who waits rather than how long all wait.
 """
 
-import atexit
 import copy
 import heapq
 import logging
 import weakref
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from asyncbucket.engine.cost import Cost
 from asyncbucket.engine.events import Shadowed
-from asyncbucket.engine.interfaces import Account, Admission
-from asyncbucket.engine.lease import Lease
-from asyncbucket.engine.meters import NEVER, Amounts, admit
+from asyncbucket.engine.interfaces import Account
+from asyncbucket.engine.limiter import Limiter
+from asyncbucket.engine.meters import NEVER, Amounts, Route, Slots, admit
 from asyncbucket.engine.node import EMPTY_MAPPING, Node
 from asyncbucket.engine.statistics import ShadowStatistics, Waits
 
@@ -38,56 +36,50 @@ _log: Final = logging.getLogger("asyncbucket")
 
 @dataclass(slots=True, eq=False)
 class _Call:
-    """A call: what it asks for and uses, and when (ns)."""
+    """A call: where it asks, what for, what it uses, what it passes, and when (ns)."""
 
     node: Node
     amounts: Amounts
     used: Amounts
+    route: Route
     asked: int
-    deadline: int
-    #: Tells observers how long it would have waited, and for what.
-    tell: Callable[[int, str | None], None]
-    #: How long it took; None while it goes on.
-    took: int | None = None
-    #: Since when it is the first in line, what it waits for, and when it starts.
-    since: int | None = None
-    bound_by: str | None = None
-    started: int | None = None
+    deadline: int = NEVER
+    #: Since when it is the first in line, what it waits for, when it starts, and how long it takes.
+    since: int = NEVER
+    bound_by: str = "concurrency"
+    started: int = NEVER
+    took: int = NEVER
 
 
 class Shadow(Account):
     """Play the line of a tree of limiters whose calls all pass; see the module."""
 
-    def __init__(self, node: Node) -> None:
-        self._node = node
-        #: For each limiter, one that has the same limits, and counts what would have happened.
-        self._twins = weakref.WeakKeyDictionary[Node, Node]()
-        self._now = self._failed = self._prevented = 0
-        self._waiting: dict[Node, deque[_Call]] = {}
-        #: The calls that go on in reality, by lease; how many are over, and how long those took.
+    def __init__(self, limiter: Limiter) -> None:
+        self._node = limiter._node
+        #: For each limiter, the slots of the calls that would go on.
+        self._slots = weakref.WeakKeyDictionary[Node, Slots]()
+        self._root = self._slots[self._node] = Slots()
+        #: How many calls would have waited, and how long (ns) in total, by what held them up.
+        self._waits: dict[str, tuple[int, int]] = {}
+        self._lines: dict[Node, deque[_Call]] = {}
+        #: The calls that go on in reality, by lease; how many are over, and how long (ns) those took.
         self._calls: dict[int, _Call] = {}
-        self._over = self._took = 0
-        #: When those end that are over in reality: instant, number, call.
-        self._ends: list[tuple[int, int, _Call]] = []
+        self._now = self._failed = self._prevented = self._over = self._took = 0
+        #: When those end that are over in reality: instant, number, call; behind the last, nothing does.
+        self._ends: list[tuple[int, int, Any]] = [(NEVER, 0, None)]
         self._is_copy = False
-        _AT_EXIT.add(self)
+        weakref.finalize(limiter, self._node.pacer.lock.do, self._report_locked)
 
     # --- what it hears ---
 
-    def passed(self, lease: Admission, now: int) -> None:
+    def passed(self, lease: Any, now: int) -> None:
         """See `Account.passed`: the call asks."""
-        assert isinstance(lease, Lease)
-        node, amounts = lease._node, lease._amounts
-        latest = None if lease._deadline is None else lease._deadline()
-
-        def tell(waited: int, bound_by: str | None) -> None:
-            fields = {"would_wait": waited * 1e-9, "bound_by": bound_by}
-            node.pacer.notify_locked(node, Shadowed, cost=Cost.of(amounts), **fields)
-
-        deadline, twin = NEVER if latest is None else latest, self._twin(node)
-        call = self._calls[id(lease)] = _Call(twin, amounts, amounts, now, deadline, tell)
+        node, latest = lease._node, lease._deadline and lease._deadline()
+        call = _Call(node, lease.amounts, lease.amounts, self._route(node), now)
+        call.deadline = NEVER if latest is None else latest
+        self._calls[id(lease)] = call
         self._play(now)
-        line = self._waiting.setdefault(twin, deque())
+        line = self._lines.setdefault(node, deque())
         bounds = (level.standing.max_queue for level in node.path)
         if line and len(line) >= min((each for each in bounds if each is not None), default=NEVER):
             self._failed += 1
@@ -95,132 +87,111 @@ class Shadow(Account):
             line.append(call)
             self._play(now)
 
-    def settled(self, lease: Admission, before: Amounts, after: Amounts) -> None:  # noqa: ARG002
-        """See `Account.settled`."""
-        self._calls[id(lease)].used = dict(after)
-
-    def ended(self, lease: Admission, outcome: str) -> None:  # noqa: ARG002 - whatever came of it
+    def ended(self, lease: Any, outcome: str) -> None:  # noqa: ARG002 - whatever came of it
         """See `Account.ended`."""
         call, now = self._calls.pop(id(lease)), self._node.pacer.clock()
         self._play(now)
-        self._over, self._took = self._over + 1, self._took + now - call.asked
-        self._end_after(call, now - call.asked)
+        call.used, call.took = lease._used(), now - call.asked
+        self._over, self._took = self._over + 1, self._took + call.took
+        self._await_end(call)
 
     def refused(self, now: int) -> None:
         """See `Account.refused`: if calls would wait now, those before it would not have come so soon."""
         self._play(now)
-        self._prevented += bool(self._waiting)
+        self._prevented += bool(self._lines)
 
     # --- what it tells ---
 
     def statistics(self, now: int) -> ShadowStatistics:
         """Return what would have happened, and what will if nobody else calls; with the lock held."""
         self._play(now)
-        kept = (self._node, self._node.pacer, EMPTY_MAPPING)
+        kept = (*self._slots, self._node.pacer, EMPTY_MAPPING)
         ahead = copy.deepcopy(self, {id(each): each for each in kept})
         ahead._is_copy = True
         for call in ahead._calls.values():
-            ahead._end_after(call, self._took // max(1, self._over))
+            call.took = self._took // max(1, self._over)
+            ahead._await_end(call)
         ahead._play(NEVER - 1)
-        root = ahead._twin(self._node)
-        waits = root.counted().waits
-        calls = root.slots.admitted + ahead._failed
+        calls = ahead._root.admitted + ahead._failed
+        refusals = self._node.counted().counts["upstream_429"]
+        waits = {name: Waits(count, ns * 1e-9) for name, (count, ns) in ahead._waits.items()}
+        would_wait = sum(each.count for each in waits.values())
+        mean_wait = sum(each.seconds for each in waits.values()) / max(1, calls)
         return ShadowStatistics(
-            calls=calls,
-            would_wait=sum(count for count, _ in waits.values()),
-            mean_wait=sum(waited for _, waited in waits.values()) * 1e-9 / max(1, calls),
-            would_fail=ahead._failed,
-            prevented=self._prevented,
-            refusals=self._node.counted().counts["upstream_429"],
-            waits={name: Waits(count, ns * 1e-9) for name, (count, ns) in waits.items()},
+            calls, would_wait, mean_wait, ahead._failed, self._prevented, refusals, waits
         )
 
-    def report(self) -> None:
-        """Log what would have happened."""
-        with self._node.pacer.lock:
-            told = self.statistics(self._node.pacer.clock())
+    def _report_locked(self) -> None:
+        """Log what would have happened, now that the limiter goes."""
+        told = self.statistics(self._node.pacer.clock())
         if told.calls:
             _log.warning("limiter %r in shadow: %s", self._node.name, told)
 
     # --- the line ---
 
-    def _twin(self, node: Node) -> Node:
-        twin = self._twins.get(node)
-        if twin is None:
-            parent = None if node.parent is None else self._twin(node.parent)
-            twin = self._twins[node] = Node(node.name, parent, pacer=node.pacer)
-        if not self._is_copy and (twin.limits, twin.slots.most) != (node.limits, node.slots.most):
-            twin.limits, twin.slots.most = node.limits, node.slots.most
-            twin.forget()
-        return twin
+    def _route(self, node: Node) -> Route:
+        """Return what a call of ``node`` passes: the real meters, and slots of those that would go on."""
+        for level in node.path:
+            self._slots.setdefault(level, Slots()).most = level.slots.most
+        levels = tuple(self._slots[level] for level in node.path)
+        windows = (window for level in node.path for window in level.limits.values())
+        return Route(levels, tuple((each, each.limit.resource) for each in windows), bounded=levels)
 
     def _play(self, until: int) -> None:
         """Let happen what would happen by then."""
-        while (
-            upcoming := min([self._dispatch(), *(end for end, _, _ in self._ends[:1])])
-        ) <= until:
-            self._now = max(self._now, upcoming)
-            while self._ends and self._ends[0][0] <= self._now:
+        while (due := min(self._dispatch(), self._ends[0][0])) <= until:
+            self._now = max(self._now, due)
+            if self._ends[0][0] <= self._now:
                 self._end(heapq.heappop(self._ends)[2])
-        self._now = max(self._now, until)
+        self._now = until
 
     def _dispatch(self) -> int:
-        """Start the calls that may start now, in order of arrival; return when the next may."""
-        while True:
-            heads = sorted(self._waiting.values(), key=lambda calls: calls[0].asked)
-            dues = [self._start(calls) for calls in heads]
-            if 0 not in dues:
-                return min(dues, default=NEVER)
+        """Start the first of each line that may start now, in order of arrival; return when to look again."""
+        heads = sorted(self._lines.values(), key=lambda line: line[0].asked)
+        return min(map(self._start, heads), default=NEVER)
 
-    def _start(self, calls: deque[_Call]) -> int:
-        """Start the first of ``calls``, or let it fail, and return 0; or when to try again."""
-        call, now = calls[0], self._now
-        call.since = now if call.since is None else call.since
-        if now > call.deadline or call.node.exceeded(call.amounts):
+    def _start(self, line: deque[_Call]) -> int:
+        """Start the first in line, or let it fail, and return 0; else return when to try again."""
+        call, now = line[0], self._now
+        call.since = min(call.since, now)
+        due, bound_by = NEVER, None
+        if now <= call.deadline:
+            due, bound_by = admit(call.route, call.amounts, call.since, now)
+        if due <= now:
+            self._started(call)
+        elif due < NEVER or bound_by == "concurrency":
+            call.bound_by = bound_by or call.bound_by
+            return min(due, call.deadline + 1)
+        else:  # too late, or it costs more than a limit
             self._failed += 1
-        else:
-            due, bound_by = admit(call.node.route, call.amounts, call.since, now)
-            if due > now:
-                call.bound_by = bound_by
-                return min(due, call.deadline + 1)
-            self._started(call, now)
-        calls.popleft()
-        if not calls:
-            del self._waiting[call.node]
+        line.popleft()
+        if not line:
+            del self._lines[call.node]
         return 0
 
-    def _started(self, call: _Call, now: int) -> None:
-        call.started, waited = now, now - call.asked
+    def _started(self, call: _Call) -> None:
+        call.started, node = self._now, call.node
+        waited = call.started - call.asked
         if waited:
-            call.node.count_waits(1, waited, call.bound_by or "concurrency")
-        if call.took is not None:
-            self._end_after(call, call.took)
+            count, before = self._waits.get(call.bound_by, (0, 0))
+            self._waits[call.bound_by] = count + 1, before + waited
+        self._await_end(call)
         if not self._is_copy:
-            call.tell(waited, call.bound_by)
+            told = {"would_wait": waited * 1e-9, "bound_by": call.bound_by if waited else None}
+            node.pacer.notify_locked(node, Shadowed, cost=Cost.of(call.amounts), **told)
 
-    def _end_after(self, call: _Call, took: int) -> None:
-        """Note how long a call takes, and so when it ends in the line."""
-        call.took = took
-        if call.started is not None:
-            heapq.heappush(self._ends, (call.started + took, id(call), call))
+    def _await_end(self, call: _Call) -> None:
+        """Note when a call ends in the line, once it is known when it starts and how long it takes."""
+        if call.started + call.took < NEVER:
+            heapq.heappush(self._ends, (call.started + call.took, id(call), call))
 
     def _end(self, call: _Call) -> None:
         """Give a call's slots back, and correct its cost to what it used."""
-        for level in call.node.route.levels:
+        for level in call.route.levels:
             level.in_flight -= 1
-        assert call.started is not None
-        for meter, resource in call.node.route.meters:
+        for meter, resource in call.route.meters:
             reserved, used = call.amounts.get(resource, 0), call.used.get(resource, 0)
             if used > reserved:
                 meter.owe(used - reserved, self._now)
             elif used < reserved:
                 meter.unbook(reserved - used, call.started, left=used)
-
-
-_AT_EXIT: Final["weakref.WeakSet[Shadow]"] = weakref.WeakSet()
-
-
-@atexit.register
-def _report() -> None:
-    for shadow in tuple(_AT_EXIT):
-        shadow.report()
