@@ -15,7 +15,7 @@ import os
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
 from asyncbucket.engine.dispatchers import Lock
@@ -58,6 +58,7 @@ class SessionLoop:
         #: How many sessions there are.
         self._sessions = 0
         self._store: Store | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
         self._is_over = asyncio.Event()
 
     @classmethod
@@ -76,6 +77,16 @@ class SessionLoop:
     def _run(self) -> None:
         with asyncio.Runner(loop_factory=lambda: self.loop) as runner:
             runner.run(self._is_over.wait())
+
+    def serve(self, session: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Have ``session`` run on the loop; from any thread."""
+
+        def begin() -> None:
+            task = asyncio.create_task(session(), name="asyncbucket store session")
+            self._tasks.add(task)  # the loop itself keeps none
+            task.add_done_callback(self._tasks.discard)
+
+        self.errands.add(begin)
 
     def ask(self, loop: asyncio.AbstractEventLoop, work: Callable[[], object]) -> None:
         """Have another ``loop`` do ``work`` soon."""

@@ -89,11 +89,11 @@ class StoreHealth:
         #: Until when no call is sent after an outage, as others may still have to report theirs.
         self.resume_at = 0
         #: What the store said last.
-        self._heard = Receipt(now=0)
+        self.heard = Receipt(now=0)
+        #: The store's clock minus this one.
+        self.offset = 0
         self._place = place
         self._clock = place.clock
-        #: The store's clock minus this one.
-        self._offset = 0
 
     def note_answer(self, receipt: Receipt, config: LimitConfig) -> list[Correction]:
         """Note what an answer says; ``config`` is in force.
@@ -102,8 +102,7 @@ class StoreHealth:
         """
         now = self._clock()
         debts = self._recover(now) if self.is_gone else []
-        self._offset, self._heard = receipt.now - now, receipt
-        self._place.offset, self._place.heard = self._offset, receipt
+        self.offset, self.heard = receipt.now - now, receipt
         self.record.configure(config, receipt.now)
         return debts
 
@@ -114,12 +113,14 @@ class StoreHealth:
         if self.is_gone:
             return
         self.is_gone, self._lost_at, self.known_since = True, now, NEVER
+        self.heard = replace(self.heard, in_line=False, crowded=False)
         if (root := place.root) is not None:  # any of its processes may have calls of the tenant
-            known, self._offset = root.heard, self._offset if self._heard.now else root.offset
-            self._heard = replace(self._heard, workers=known.workers, steady=known.steady)
-        workers = self._heard.workers
+            known = root.health
+            self.offset = self.offset if self.heard.now else known.offset
+            self.heard = replace(self.heard, workers=known.heard.workers, steady=known.heard.steady)
+        workers = self.heard.workers
         if place.on_outage == "share":
-            take_share(self.record, workers, self._heard.left, now + self._offset)
+            take_share(self.record, workers, self.heard.left, now + self.offset)
         if root is not None:  # it says the same
             return
         how = place.name, place.on_outage, workers
@@ -135,19 +136,19 @@ class StoreHealth:
         `NEVER` means that it depends on the store, or on a slot being given back.
         """
         slots, policy = self.record.config.concurrency, self._place.on_outage
-        is_short = slots is not None and held + amounts.get(SLOT, 0) > slots // self._heard.workers
+        is_short = slots is not None and held + amounts.get(SLOT, 0) > slots // self.heard.workers
         if policy == "closed" or (policy == "share" and (is_short or not self._is_steady())):
             return NEVER
-        date = max(now + self._offset, self.record.last_start)
+        date = max(now + self.offset, self.record.last_start)
         due, _ = (date, None) if policy == "open" else self.record.earliest(amounts, date)
         if due > date:
-            return due - self._offset
+            return due - self.offset
         self.record.book(amounts, date)
         self._note_admitted(date, amounts)
         return now
 
     def _is_steady(self) -> bool:
-        return self._heard.steady >= STEADY
+        return self.heard.steady >= STEADY
 
     def _note_admitted(self, date: int, amounts: Amounts) -> None:
         noted = self._admitted

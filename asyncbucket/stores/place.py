@@ -41,8 +41,9 @@ from asyncbucket.engine.statistics import LimitUse
 from asyncbucket.engine.terms import OnOutage
 from asyncbucket.stores import open_store
 from asyncbucket.stores.loop import SessionLoop
-from asyncbucket.stores.session import Reservation, Session
-from asyncbucket.stores.store import SLOT, Batch, Correction, LimitConfig, Receipt, Store
+from asyncbucket.stores.outage import StoreHealth
+from asyncbucket.stores.session import HeldUp, Reservation, Session
+from asyncbucket.stores.store import SLOT, Batch, Correction, LimitConfig, Store
 
 # It touches the private parts of leases, and of the places above and below.
 # ruff: noqa: SLF001
@@ -222,8 +223,7 @@ class StorePlace(Place):
         self._slots: set[int] = set()
         #: The units that are left of each limit, as last heard.
         self.left: dict[Limit, int] = {}
-        #: The last answer, and the store's clock minus this one.
-        self.heard, self.offset = Receipt(now=0), 0
+        self.health = StoreHealth(weakref.proxy(self), LimitConfig())
 
     # --- what the pacer asks: see `asyncbucket.engine.interfaces.Place` ---
 
@@ -279,7 +279,7 @@ class StorePlace(Place):
 
     def held_up(self) -> tuple[str, int] | None:
         known = None if self._session is None else self._session.held_up
-        return known if known and known[0] else None
+        return (known.resource, known.until) if known and known.resource else None
 
     def holds_up(self) -> bool:
         return self._session is not None and self._session.held_up is not None
@@ -455,14 +455,15 @@ class StorePlace(Place):
                 error.__cause__ = None if isinstance(cause, StoreError) else cause
                 self._pacer.fail_locked(waiter, error)
 
-    def fail_late(self, heads: Iterable[AnyWaiter], amounts: Amounts, soonest: int) -> None:
-        """Make those calls fail whose deadline comes before ``soonest``, when a call of ``amounts`` can start.
+    def fail_late(self, heads: Iterable[AnyWaiter], held_up: HeldUp) -> None:
+        """Make those calls fail whose deadline comes before the first one that is held up can start.
 
-        None of those that may wait in other trees: one of them may take them.
+        None that cost less, nor any that may wait in other trees: one of them may take them.
         """
+        needs = held_up.amounts.items()
         for waiter in heads if len(self._pacer.trees) == 1 else ():
-            is_less = any(waiter.amounts.get(each, 0) < units for each, units in amounts.items())
-            if waiter.deadline is not None and waiter.deadline < soonest and not is_less:
+            is_less = any(waiter.amounts.get(each, 0) < units for each, units in needs)
+            if waiter.deadline is not None and waiter.deadline < held_up.soonest and not is_less:
                 line, deadline = waiter.line, waiter.deadline
                 error = too_late_locked(
                     line.node, waiter.amounts, line.priority, waiter.asked, deadline
@@ -573,8 +574,8 @@ class StorePlace(Place):
 
     def is_stale(self, reservation: Reservation, now: int) -> bool:
         """Tell whether the store may have forgotten a booking, or, of a tenant, not have heard where it was moved."""
-        start, health = reservation.start, self._session.health if self._session else None
-        is_unknown = self.root and health and reservation.booked_at and start < health.known_since
+        start, known_since = reservation.start, self.health.known_since if self._session else 0
+        is_unknown = self.root and reservation.booked_at and start < known_since
         return bool(is_unknown) or now - start > self.span(reservation) // 4
 
     def span(self, reservation: Reservation) -> int:

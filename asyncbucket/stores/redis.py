@@ -351,8 +351,7 @@ class RedisLedger(Ledger):
         self._codec = Codec(LimitConfig())
         #: The epoch that the worker knows.
         self._epoch = ""
-        #: Whether the worker was called, and when it will be.
-        self._called = asyncio.Event()
+        #: When the worker's turn comes, as it was called.
         self._timer: asyncio.TimerHandle | None = None
         self._listens = False
 
@@ -387,38 +386,26 @@ class RedisLedger(Ledger):
             if batch.config is not None:
                 codec = Codec(batch.config.after(codec.config))
         self._codec, self.config, self._epoch = codec, codec.config, reply["epoch"]
-        return codec.receipt(reply, batch)
-
-    async def changed(self, *, timeout: float) -> bool:
-        """See `asyncbucket.stores.store.Ledger.changed`."""
-        if not self._listens:
+        receipt = codec.receipt(reply, batch)
+        if receipt.in_line and not self._listens:
             self._listens = True
             self._store.calls.add((self.worker, self._keys[0]), self._call)
-        try:
-            async with asyncio.timeout(timeout):
-                await self._called.wait()
-                async with self._turn:  # a batch under way is answered first, as of before the call
-                    pass
-        except TimeoutError:
-            return False
-        self._reset_call()
-        return True
+        return receipt
 
     def _reset_call(self) -> None:
-        """Forget earlier calls: the state is being looked at anew."""
-        self._called.clear()
+        """Forget an earlier call."""
         if self._timer is not None:
             self._timer.cancel()
-            self._timer = None
 
     def _call(self, delay: int | None) -> None:
-        """Note that the worker's turn comes in ``delay`` microseconds; this replaces earlier calls."""
-        if delay is None:  # perhaps it came, while nobody listened
-            self._called.set()
-        elif delay >= 0:
+        """Note that the worker's turn comes in ``delay`` microseconds; this replaces an earlier call.
+
+        If it is None, a call may have come while nobody listened. If it is negative, it is a trial.
+        """
+        if delay is None or delay >= 0:
             self._reset_call()
             loop = asyncio.get_running_loop()
-            self._timer = loop.call_later(delay * 1e-6, self._called.set)
+            self._timer = loop.call_later((delay or 0) * 1e-6, self.on_turn)
 
     async def look(self) -> Snapshot | None:
         """Return a snapshot; None if there is no such limiter."""

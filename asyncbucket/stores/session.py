@@ -18,9 +18,9 @@ import asyncio
 import contextlib
 import logging
 import weakref
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from asyncbucket.engine.dispatchers import GRACE, NAP
 from asyncbucket.engine.errors import StoreError
@@ -31,7 +31,6 @@ from asyncbucket.stores.store import (
     Batch,
     Correction,
     Ledger,
-    LimitConfig,
     Receipt,
 )
 
@@ -75,6 +74,18 @@ class Reservation:
     bound_by: str | None = None
 
 
+class HeldUp(NamedTuple):
+    """Say what the first call that is not booked waits for."""
+
+    #: "" while the store is gone.
+    resource: str
+    #: Until when at least; `NEVER` if a slot has to be given back.
+    until: int
+    amounts: Amounts
+    #: From when on it may start, whatever comes back.
+    soonest: int = 0
+
+
 class Session:
     """Serve the calls of one process; with the limiter's lock held unless said otherwise."""
 
@@ -88,36 +99,25 @@ class Session:
         self._report_at = 0
         #: Before this instant the line's heads are not sent, because they would not be booked.
         self._ask_at = 0
-        #: What the first unbooked call waits for ("" while the store is gone), until when at least, and
-        #: when that is forgotten.
-        self.held_up: tuple[str, int] | None = None
+        #: What holds the first call up, and when that is forgotten.
+        self.held_up: HeldUp | None = None
         self._forget_at = NEVER
         #: When a tenant leaves that does nothing.
         self._leave_at = NEVER
-        #: What the first unbooked call costs, and from when on it may start, whatever comes back.
-        self._soonest: tuple[Amounts, int] = {}, 0
-        #: The last answer.
-        self._heard = Receipt(now=0)
         self._bell = asyncio.Event()
         #: Loops that have been asked to let calls go, and since when they have not come to do so.
         self._asked: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         #: Since when the next batch has waited for loops to show that they run; 0 if it does not.
         self._awaits_since = 0
         self._timer: asyncio.TimerHandle | None = None
-        #: What awaits the store's call, and what tries to reach a store that is gone.
-        self._listener: asyncio.Task[None] | None = None
+        #: What tries to reach a store that is gone.
         self._probe: asyncio.Task[None] | None = None
         self._is_closing = False
         #: Who wants to know when the store has been told everything.
         self._closers: list[concurrent.futures.Future[None]] = []
         self._ledger: Ledger | None = None
-        self.health = StoreHealth(self._place, LimitConfig())
-        self._task: asyncio.Task[None] | None = None
         self.home = home
-        home.errands.add(self._start)
-
-    def _start(self) -> None:
-        self._task = asyncio.create_task(self._run(), name="asyncbucket store session")
+        home.serve(self._run)
 
     # --- what the limiter asks, from any thread ---
 
@@ -138,17 +138,16 @@ class Session:
 
         Very soon if a call waits for it, here or elsewhere.
         """
-        is_awaited = self._heard.crowded
+        health = self._place.health
+        is_awaited = health.heard.crowded
         if correction is not None:
-            is_awaited = self._heard.in_line and (self.held_up or ("",))[0] in {
-                *correction.used,
-                "",
-            }
+            binds = self.held_up.resource if self.held_up else ""
+            is_awaited = health.heard.in_line and binds in {*correction.used, ""}
             if correction.start:
-                record = self.health.record
+                record = health.record
                 record.correct(correction, record.last_start)
         now = self._clock()
-        later = min(self._ask_at, now + _GATHER_LONG) if self._heard.in_line else 0
+        later = min(self._ask_at, now + _GATHER_LONG) if health.heard.in_line else 0
         if correction is not None and correction.dated:
             later = 0  # others must hear before the window has passed
         gathered = now + _GATHER_BRIEFLY if is_awaited else max(now + _GATHER, later)
@@ -214,7 +213,10 @@ class Session:
                 return False
         try:
             store = self.home.store(place.make_store)
-            config, is_news = place.config(), not place.heard.now or self._outbox.batch.config
+            config, is_news = (
+                place.config(),
+                not place.health.heard.now or self._outbox.batch.config,
+            )
             # A tenant's limits go with its first calls; what the store has of them counts later.
             news = config if is_news and place.root is not None else None
             self._outbox.batch = replace(self._outbox.batch, config=news)
@@ -225,8 +227,9 @@ class Session:
             with place.lock():
                 place.fail_all(error)
             return False
-        self.health = StoreHealth(place, self._ledger.config)
-        self._report_at = 0
+        self._ledger.on_turn = self.ask_again
+        place.health = StoreHealth(place, self._ledger.config)
+        self._ask_at = self._report_at = 0
         return True
 
     def _is_over(self) -> bool:
@@ -236,7 +239,7 @@ class Session:
         if not self._is_closing:
             self._answer_closers()  # a call that came since has opened it again
             return False
-        if self.health.is_gone:
+        if self._place.health.is_gone:
             return True
         with self._place.lock():
             loops = [waiter.dispatcher.loop for waiter in self._place.calls]
@@ -252,7 +255,12 @@ class Session:
         """Tell whether a tenant has had nothing to do for a while."""
         with self._place.lock():
             batch = self._outbox.batch
-            if self._place.calls or self._outbox.held or self.health.is_gone or batch != Batch():
+            if (
+                self._place.calls
+                or self._outbox.held
+                or self._place.health.is_gone
+                or batch != Batch()
+            ):
                 self._leave_at = NEVER
             elif self._leave_at >= NEVER:
                 self._leave_at = self._clock() + _REMEMBER
@@ -266,41 +274,40 @@ class Session:
 
     async def _step(self) -> None:
         """Do what is next, or wait for it."""
-        self._check_helpers()
+        if self._probe is not None and self._probe.done():
+            self._probe.result()  # if it failed, so has the session
+        health = self._place.health
         with self._place.lock():
             all_heads = self._place.heads()
             heads: Sequence[Any] = [
                 each for each in all_heads if not self._is_blocked(each.dispatcher.loop)
             ]
             is_urgent = self._outbox.batch.config is not None or self._outbox.batch.pause > 0
-            if self._heard.in_line and not is_urgent:
-                self._place.fail_late(heads, *self._soonest)
+            if health.heard.in_line and self.held_up is not None and not is_urgent:
+                self._place.fail_late(heads, self.held_up)
         now = self._clock()
         if now >= self._forget_at:
             self._note_held_up(None)
         elif not heads and self.held_up is not None and self._forget_at >= NEVER:
             self._forget_at = now + _REMEMBER
-        if self.health.is_gone:
-            if now >= self.health.retry_at:
-                self.health.retry_at = NEVER
-                self._probe = self._spawn(self._send(None))
-            await self._sleep(min(self._admit_alone(heads), self.health.retry_at, self._forget_at))
+        if health.is_gone:
+            if now >= health.retry_at:
+                health.retry_at = NEVER
+                self._probe = asyncio.create_task(self._send(None), name="asyncbucket store probe")
+                self._probe.add_done_callback(lambda _: self._bell.set())
+            await self._sleep(min(self._admit_alone(heads), health.retry_at, self._forget_at))
             return
-        if self._heard.in_line and not heads:
+        in_line = health.heard.in_line
+        if in_line and not heads:
             self._ask_at = 0  # leave the store's line; whoever comes next asks anew
-        ask_at = max(self._ask_at, self.health.resume_at) if heads else self._forget_at
-        is_due = now >= ask_at if heads else self._heard.in_line
+        ask_at = max(self._ask_at, health.resume_at) if heads else self._forget_at
+        is_due = now >= ask_at if heads else in_line
         if until := self._await_loops(heads if is_due and not is_urgent else ()):
             await self._sleep(min(until, self._report_at))
         elif is_due or is_urgent or now >= self._report_at:
-            await self._send(heads if is_due or self._heard.in_line else None)
+            await self._send(heads if is_due or in_line else None)
         else:
             await self._sleep(min(ask_at, self._report_at))
-
-    def _check_helpers(self) -> None:
-        for helper in (self._listener, self._probe):
-            if helper is not None and helper.done():
-                helper.result()  # if it failed, so has the session
 
     async def _send(self, heads: Sequence[Any] | None) -> None:
         """Send a batch, and do what the answer says."""
@@ -309,14 +316,16 @@ class Session:
         with self._place.lock():
             batch = self._place.batch(heads or ())
             self._report_at = asked_at + min(_MAX_BEAT_INTERVAL, life // 3)
+            if heads:
+                self._ask_at = NEVER
         try:
             receipt = await self._ledger.commit(batch)
         except StoreError as error:
-            self.health.fail(error)
-            self._heard, self._ask_at = Receipt(now=0), 0
+            self._place.health.fail(error)
+            self._ask_at = 0
             return
-        self._heard, config = receipt, self._ledger.config
-        debts = self.health.note_answer(receipt, config)
+        config = self._ledger.config
+        debts = self._place.health.note_answer(receipt, config)
         with self._place.lock():
             self._place.adopt(config)
             self._place.left = dict(zip(config.limits, receipt.left, strict=False))
@@ -329,8 +338,6 @@ class Session:
         if heads:
             self._answer_calls(heads, batch.calls, receipt, asked_at)
         self._let_go()
-        if self._heard.in_line and (self._listener is None or self._listener.done()):
-            self._listener = self._spawn(self._listen())
 
     def _answer_calls(
         self, heads: Sequence[Any], calls: Sequence[Amounts], receipt: Receipt, asked_at: int
@@ -340,12 +347,13 @@ class Session:
         In line, the next are sent when the store says. Else they are not before most of the booked
         starts have passed: more calls go with one trip, and others find units.
         """
-        now, record = self._clock(), self.health.record
+        now, record = self._clock(), self._place.health.record
         offset, before, booked = now - receipt.now, self.held_up, 0
         last = max((booking.start for booking in receipt.bookings), default=0)
         halfway = receipt.now + (last - receipt.now) // 2
         ask_at = receipt.ask_at if receipt.in_line else max(last - _AHEAD, halfway)
-        self._ask_at = max(now, ask_at + offset)
+        if self._ask_at:  # else somebody wants to ask again, meanwhile
+            self._ask_at = max(now, ask_at + offset)
         held_up = None
         with self._place.lock():
             for waiter, amounts, booking in zip(heads, calls, receipt.bookings, strict=True):
@@ -353,7 +361,7 @@ class Session:
                     booked += 1
                     # It is earlier than the last if the store has lost its data.
                     record.book(amounts, max(record.last_start, booking.start))
-                    bound_by = booking.bound_by or (before[0] if before else None)
+                    bound_by = booking.bound_by or (before.resource if before else None)
                     start = max(now, booking.start + offset)
                     given = Reservation(amounts, booking.start, start, booking.slot, bound_by)
                     self._place.reserve(waiter, given)
@@ -362,13 +370,11 @@ class Session:
                 elif held_up is None and booking.bound_by is not None:
                     soonest = receipt.soonest - receipt.now + asked_at  # or later, by up to a trip
                     until = NEVER if booking.bound_by == SLOT else max(self._ask_at, soonest)
-                    held_up, self._soonest = (booking.bound_by, until), (amounts, soonest)
-                    if waiter.done():  # it gave up meanwhile; whoever comes next may go sooner
-                        self._ask_at = now
+                    held_up = HeldUp(booking.bound_by, until, amounts, soonest)
         self._place.adapt_room(len(heads), booked)
         self._note_held_up(held_up)
 
-    def _note_held_up(self, held_up: tuple[str, int] | None) -> None:
+    def _note_held_up(self, held_up: HeldUp | None) -> None:
         """Note what the first unbooked call waits for; another tree may take it."""
         before, self.held_up, self._forget_at = self.held_up, held_up, NEVER
         if held_up != before:
@@ -430,26 +436,15 @@ class Session:
             nap = max(NAP, (next_start - self._clock()) * 1e-9)
             self._timer = self.home.loop.call_later(nap, self._let_go)
 
-    async def _listen(self) -> None:
-        """Ask again when the store notifies, or at the time that it named."""
-        assert self._ledger is not None
-        while self._heard.in_line:
-            wait = max(0.01, (self._ask_at - self._clock()) * 1e-9)
-            try:
-                is_called = await self._ledger.changed(timeout=wait)
-            except StoreError:
-                is_called = True  # the next batch finds out
-            if is_called or self._clock() >= self._ask_at:
-                self._ask_at = 0
-                return
-
     def _admit_alone(self, heads: Sequence[Any]) -> int:
         """Admit calls that the policy allows without the store; return when to try again."""
         now: int = self._clock()
         when = now
         with self._place.lock():
             for waiter in heads:
-                when = self.health.earliest_alone(waiter.amounts, now, held=self._outbox.held)
+                when = self._place.health.earliest_alone(
+                    waiter.amounts, now, held=self._outbox.held
+                )
                 if when > now:
                     break
                 slot = bool(waiter.amounts.get(SLOT))
@@ -457,7 +452,7 @@ class Session:
         self._let_go()
         if not heads:
             return NEVER
-        self._note_held_up(("", when) if when > now else None)
+        self._note_held_up(HeldUp("", when, {}) if when > now else None)
         return when
 
     async def _sleep(self, until: int) -> None:
@@ -469,20 +464,13 @@ class Session:
                 await self._bell.wait()
         self._bell.clear()
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
-        """Have ``work`` done beside, and look again when it has ended."""
-        task = asyncio.create_task(work, name="asyncbucket store")
-        task.add_done_callback(lambda _: self._bell.set())
-        return task
-
     async def _leave(self) -> None:
         """Leave the limiter at the store."""
         self._set_timer(NEVER)
-        helpers = [each for each in (self._listener, self._probe) if each is not None]
-        self._listener = self._probe = None
-        for task in helpers:
-            task.cancel()
-        await asyncio.gather(*helpers, return_exceptions=True)
+        probe, self._probe = self._probe, None
+        if probe is not None:
+            probe.cancel()
+            await asyncio.gather(probe, return_exceptions=True)
         ledger, self._ledger = self._ledger, None
         if ledger is not None:
             await ledger.aclose(self._outbox.take())

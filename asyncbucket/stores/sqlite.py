@@ -42,6 +42,7 @@ from asyncbucket.stores.store import (
     Snapshot,
     in_time,
     is_tenant,
+    spawn,
 )
 
 __all__ = ["SQLiteLedger", "SQLiteStore", "from_url"]
@@ -361,10 +362,15 @@ class SQLiteLedger(Ledger):
         #: The file's changes when it was last looked at, and when it was this worker's turn.
         self._seen: object = None
         self._due = 0
+        self._watcher: asyncio.Task[None] | None = None
 
     async def _send(self, number: int, batch: Batch) -> Receipt:  # noqa: ARG002 - what failed was not applied
         receipt: Receipt
+        self._stop_watching()
         receipt, self.config = await self._store.run(self._apply, batch)
+        if receipt.in_line:
+            self._seen = None
+            self._watcher = spawn(self._watch())
         return receipt
 
     def _apply(self, batch: Batch) -> tuple[Receipt, LimitConfig]:
@@ -374,16 +380,21 @@ class SQLiteLedger(Ledger):
         self._joins = False
         return receipt, state.config
 
-    async def changed(self, *, timeout: float) -> bool:
-        """See `asyncbucket.stores.store.Ledger.changed`."""
-        loop = asyncio.get_running_loop()
-        until, self._seen = loop.time() + timeout, None
-        while (left := until - loop.time()) > 0:
-            due = await in_time(self._store.run(self._turn_at), self.patience, self.silence)
-            if due <= self._store.now():
-                return True
-            await asyncio.sleep(min(_POLL_INTERVAL, left))
-        return False
+    async def _watch(self) -> None:
+        """Look whether its turn has come, until it has."""
+        with contextlib.suppress(StoreError):  # the next batch finds out
+            while await self._store.run(self._turn_at) > self._store.now():  # noqa: ASYNC110 - a file rings no bell
+                await asyncio.sleep(_POLL_INTERVAL)
+        self.on_turn()
+
+    def _stop_watching(self) -> None:
+        if self._watcher is not None:
+            self._watcher.cancel()
+
+    async def aclose(self, last: Batch | None = None) -> None:
+        """See `asyncbucket.stores.store.Ledger.aclose`."""
+        self._stop_watching()
+        await super().aclose(last)
 
     def _turn_at(self) -> int:
         """Return when this worker's turn comes; cheap if nothing has changed."""

@@ -18,8 +18,8 @@ number of its callers that wait. So workers share in proportion to their callers
 and nobody is overtaken for ever. Of a worker the store keeps one record: its tag, what its first call
 costs, and when it is due. A turn is 40 ms of the limit, and costs O(log n).
 
-Who is first is told when its call can be booked, the others when their turn has come. `changed` returns
-then. A worker that is more than `LATE` behind its turn leaves the line until it comes. Nobody holds more than
+Who is first is told when its call can be booked, the others when their turn has come. `Ledger.on_turn` is
+called then. A worker that is more than `LATE` behind its turn leaves the line until it comes. Nobody holds more than
 concurrency / workers slots, rounded up, while another waits for one.
 
 A worker lives for `slot_ttl` after each batch. When it is silent for longer, its place and its
@@ -43,7 +43,7 @@ import abc
 import asyncio
 import contextlib
 import secrets
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, replace
 from typing import Any, Final, Protocol, Self
 
@@ -88,7 +88,7 @@ async def in_time(work: Coroutine[Any, Any, Any], patience: float, silence: str)
     Raises:
         StoreError: it took longer than ``patience`` seconds of waits in time, or than any wait.
     """
-    task, loop, left = _spawn(work), asyncio.get_running_loop(), patience
+    task, loop, left = spawn(work), asyncio.get_running_loop(), patience
     latest = loop.time() + max(patience, OPEN_PATIENCE)
     try:
         while left > 0 and loop.time() < latest:
@@ -204,7 +204,7 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Booking:
-    """Answer one call of a batch; one without a start awaits `Ledger.changed`, and is sent again."""
+    """Answer one call of a batch; one without a start is sent again: see `Ledger.on_turn`."""
 
     #: When the call may go, in ns of the store's clock; 0 if it was not booked, because its start is
     #: farther ahead than `FAR`, no slot is free, or others come first.
@@ -235,7 +235,7 @@ class Receipt:
     workers: int = 1
     #: For how long (ns) no worker has come that was not known.
     steady: int = 0
-    #: The worker stands in line: see `Ledger.changed`.
+    #: The worker stands in line: see `Ledger.on_turn`.
     in_line: bool = False
     #: The first call that was not booked cannot start before, whatever comes back; 0 if nothing is known.
     soonest: int = 0
@@ -261,7 +261,8 @@ class Snapshot:
     workers: int
 
 
-def _spawn(work: Coroutine[Any, Any, Any]) -> "asyncio.Task[Any]":
+def spawn(work: Coroutine[Any, Any, Any]) -> "asyncio.Task[Any]":
+    """Have ``work`` done; whether somebody still asks for its result does not matter."""
     task = asyncio.create_task(work, name="asyncbucket store")
     task.add_done_callback(lambda task: task.cancelled() or task.exception())
     return task
@@ -288,6 +289,9 @@ class Ledger(abc.ABC):
         self.config = LimitConfig()
         #: What to say if the store does not answer in time.
         self.silence = silence
+        #: What is called, on the loop, when this worker stands in line and its turn has come, or the limits have
+        #: changed: in vain now and then, but never too few times. A store that cannot notify looks, at a low rate.
+        self.on_turn: Callable[[], object] = int
         self._turn = asyncio.Lock()
         #: The number of the last batch; a worker that opens the limiter again repeats none.
         self._number = secrets.randbelow(1 << 48)
@@ -345,7 +349,7 @@ class Ledger(abc.ABC):
         """Send ``batch``, again if that has failed; or wait on for what is on its way."""
         flight = self._flight
         if flight is None or (flight.done() and (flight.cancelled() or flight.exception())):
-            flight = self._flight = _spawn(self._fly(batch))
+            flight = self._flight = spawn(self._fly(batch))
         return await asyncio.shield(flight)
 
     async def _fly(self, batch: Batch) -> Receipt:
@@ -358,15 +362,6 @@ class Ledger(abc.ABC):
     @abc.abstractmethod
     async def _send(self, number: int, batch: Batch) -> Receipt:
         """Apply ``batch``; if ``number`` was applied before, only answer as then."""
-
-    @abc.abstractmethod
-    async def changed(self, *, timeout: float) -> bool:
-        """Wait until this worker's turn has come, or the limits have changed.
-
-        Return whether that may have happened; after ``timeout`` seconds return False. Changes since
-        the last batch was answered count, so none is missed in between. A store that cannot notify
-        checks by itself, at a low rate.
-        """
 
     async def aclose(self, last: Batch | None = None) -> None:
         """Say the ``last``, and leave: the worker no longer counts. Slots that it holds expire."""

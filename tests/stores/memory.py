@@ -71,6 +71,8 @@ class MemoryLedger:
     config: LimitConfig
     #: What could not be told, as a ledger keeps it.
     owed: Batch = field(default_factory=Batch)
+    on_turn: Callable[[], object] = int
+    watcher: asyncio.Task[None] | None = None
 
     @property
     def state(self) -> State:
@@ -88,18 +90,19 @@ class MemoryLedger:
         receipt = self.state.apply(self.worker, batch, self.store.now(), life=self.life)
         await asyncio.sleep(self.store.late)
         self.config = self.state.config
+        if self.watcher is not None:
+            self.watcher.cancel()
+        self.watcher = asyncio.create_task(self._watch()) if receipt.in_line else None
         return receipt
 
-    async def changed(self, *, timeout: float) -> bool:
-        until = self.store.now() + timeout * 1e9
-        while self.store.now() < until:
-            is_due = self.state.due(self.worker) <= self.store.now()
-            if self.config != self.state.config or is_due:
-                return True
+    async def _watch(self) -> None:
+        while self.config == self.state.config and self.state.due(self.worker) > self.store.now():  # noqa: ASYNC110
             await asyncio.sleep(0.005)
-        return False
+        self.on_turn()
 
     async def aclose(self, last: Batch) -> None:
+        if self.watcher is not None:
+            self.watcher.cancel()
         with contextlib.suppress(StoreError):  # as a ledger does
             await self.commit(last)
         if not last.held:

@@ -30,10 +30,10 @@ async def use(store: Store, name: str = "place") -> None:
     one, two = [await store.open(name, terms("100/s", concurrency=1)) for _ in range(2)]
     assert outcomes(await one.commit(Batch(calls=(CALL,)))) == ["booked"]
     assert outcomes(await two.commit(Batch(calls=(CALL,)))) == ["later"]
-    waiting = asyncio.create_task(two.changed(timeout=5))
-    await asyncio.sleep(0.1)
+    called = asyncio.Event()
+    two.on_turn = called.set
     await one.commit(Batch(held=0))
-    assert await waiting
+    await asyncio.wait_for(called.wait(), 5)
     assert outcomes(await two.commit(Batch(calls=(CALL,)))) == ["booked"]
     await two.commit(Batch(held=0))
     assert (await one.commit(Batch())).workers == 2

@@ -1,7 +1,9 @@
 """Where a scenario runs: fresh limiters in the store under test, closed afterwards."""
 
 import asyncio
+import contextlib
 import secrets
+import weakref
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeAlias
 
@@ -19,6 +21,8 @@ from asyncbucket.stores.store import (
 
 MILLISECOND = 1_000_000
 SECOND = 1_000_000_000
+#: What is set when it is a worker's turn.
+TURNS: weakref.WeakKeyDictionary[Ledger, asyncio.Event] = weakref.WeakKeyDictionary()
 
 
 class Place:
@@ -38,6 +42,8 @@ class Place:
 
     async def worker(self, config: LimitConfig, *, name: str | None = None) -> Ledger:
         ledger = await self.store().open(name or self.name, config)
+        TURNS[ledger] = asyncio.Event()
+        ledger.on_turn = TURNS[ledger].set
         self._ledgers.append(ledger)
         return ledger
 
@@ -121,10 +127,19 @@ async def used(ledger: Ledger) -> int:
     return (await peek(ledger)).limits[0].used
 
 
+async def turn(worker: Ledger, *, timeout: float) -> bool:
+    """Wait until it is the turn of ``worker``; return whether that is so within ``timeout`` seconds."""
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(TURNS[worker].wait(), timeout)
+    came = TURNS[worker].is_set()
+    TURNS[worker].clear()
+    return came
+
+
 async def book(worker: Ledger, call: Amounts) -> Booking:
     """Ask like a session until ``call`` is booked."""
     while True:
         receipt = await worker.commit(batch(call))
         if receipt.bookings[0].start:
             return receipt.bookings[0]
-        await worker.changed(timeout=max(0, receipt.ask_at - receipt.now) / SECOND)
+        await turn(worker, timeout=max(0, receipt.ask_at - receipt.now) / SECOND)

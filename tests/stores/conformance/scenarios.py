@@ -18,6 +18,7 @@ from .place import (
     outcomes,
     peek,
     scenario,
+    turn,
 )
 
 _REQUEST = {"requests": 1}
@@ -181,7 +182,7 @@ class StoreConformance:
         await _find_no_slot(second)
         await first.commit(Batch(held=0))
         await asyncio.sleep(0.05)
-        assert await second.changed(timeout=30), "it was called before"
+        assert await turn(second, timeout=30), "it was called before"
         await _take_slots(second, 1)
 
     @scenario
