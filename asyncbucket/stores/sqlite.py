@@ -334,16 +334,19 @@ class SQLiteStore:
         """Try until nobody else holds the lock, as long as the patience lasts.
 
         SQLite can wait by itself, but sleeps longer and longer, up to 0.1 s. If many processes are
-        busy, those that have just come are then always faster.
+        busy, those that have just come are then always faster. What a sleep takes longer than it should
+        does not count: the machine is busy, and so is whoever holds the lock.
         """
-        until = time.monotonic() + self._waits
+        left = self._waits
         while True:
             try:
                 return attempt()
             except sqlite3.Error as error:
-                if _code_of(error) != sqlite3.SQLITE_BUSY or time.monotonic() >= until:
+                if _code_of(error) != sqlite3.SQLITE_BUSY or left <= 0:
                     raise
-            time.sleep(random.uniform(*_NAP))  # noqa: S311 - no secret
+            nap = random.uniform(*_NAP)  # noqa: S311 - no secret
+            left -= nap
+            time.sleep(nap)
 
     def __repr__(self) -> str:
         return f"<SQLiteStore {self.path}>"
