@@ -245,15 +245,17 @@ def count_cached(lease: Lease, *, read: bool, written: bool, saved: int) -> None
 
     ``saved`` tokens were read and not counted by the limits.
     """
-    node = lease._node
+    lease._node.pacer.lock.do_and_tell(_count_cached_locked, lease._node, read, written, saved)
 
-    def count() -> None:
-        for name, number in ("reads", read), ("writes", written), ("saved_tokens", saved):
-            if number:
-                node.count(name, number)
-        node.pacer.notify_locked(node, PromptCached, read=read, written=written, saved_tokens=saved)
 
-    node.pacer.lock.do_and_tell(count)
+def _count_cached_locked(node: Node, read: bool, written: bool, saved: int) -> None:  # noqa: FBT001
+    if read:
+        node.count("reads")
+    if written:
+        node.count("writes")
+    if saved:
+        node.count("saved_tokens", saved)
+    node.pacer.notify_locked(node, PromptCached, read=read, written=written, saved_tokens=saved)
 
 
 def undo(lease: Lease) -> None:

@@ -189,7 +189,7 @@ class Lanes:
         site = f"{call.host} {call.model}"
         if lane.prefixes is None:
             return None, conversation_of(call.body, site)
-        if not (call.asked.writes and (profile.caches_unasked or asks_to_cache(content))):
+        if not (call.asked.writes and (asks_to_cache(content) or profile.caches_unasked)):
             return None, None
         leads = self.cache == "lead"
         return Prompt(lane.prefixes, profile, site, call.body, by_way, leads), None

@@ -32,6 +32,7 @@ up, hands over to the next.
 import asyncio
 import marshal
 import math
+import operator
 import os
 import weakref
 from collections.abc import Iterable, Mapping
@@ -87,7 +88,6 @@ _COUNTED: Final = ("input_tokens", "tokens")
 #: Makes the hashes useless to whoever reads this process's memory and guesses prompts.
 _SECRET: Final = os.urandom(16)
 
-
 #: Where a prompt may be cached up to: its hash and its characters up to there, and for how long (s) the
 #: request asks to cache it; 0 if it does not. (Tuples, of which a call makes several.)
 Cut: TypeAlias = tuple[int, int, float]
@@ -95,6 +95,8 @@ Cut: TypeAlias = tuple[int, int, float]
 #: when the latest did so, in seconds of the limiter's clock; and until when the provider keeps it.
 _Entry: TypeAlias = tuple[float, float, float]
 _UNKNOWN: Final[_Entry] = (0, -math.inf, -math.inf)
+#: Tells whether a request asks to cache up to a cut.
+_asks: Final = operator.itemgetter(2)
 
 
 def cuts_of(body: Mapping[str, Any], site: str) -> list[Cut]:
@@ -112,7 +114,7 @@ def cuts_of(body: Mapping[str, Any], site: str) -> list[Cut]:
             if isinstance(item, dict) and (content := item.get("content") or item.get("parts")):
                 head = item.get("role")
                 if not isinstance(head, str) or len(item) > 2 + ("cache_control" in item):
-                    head = _hashable([part for part in item.items() if part[0] not in _BESIDE])
+                    head = _dumps([part for part in item.items() if part[0] not in _BESIDE])
                 for block in content if isinstance(content, list) else (content,):
                     _add(cuts, head, block)
                 if "cache_control" in item:
@@ -136,16 +138,13 @@ def _add(cuts: list[Cut], head: str | bytes, block: Any) -> None:
             data = [part for part in block.items() if part[0] not in _ASKS]  # no plain text
     digest, size, _ = cuts[-1]
     if data:
-        data = _hashable(data)
+        data = data if isinstance(data, str) else _dumps(data)
         cuts.append((hash((digest, head, data)), size + len(data), ttl))
     elif ttl and size:
         cuts[-1] = digest, size, ttl
 
 
-def _hashable(piece: Any) -> str | bytes:
-    """Return a text as it is, and anything else as bytes."""
-    if isinstance(piece, str):
-        return piece
+def _dumps(piece: Any) -> bytes:
     try:
         return marshal.dumps(piece, 2)  # as quick as can be; it has no references in this version
     except ValueError:  # an object, or nested very deeply
@@ -170,6 +169,8 @@ class Prompt:
     #: The hash of the longest warm prefix, and whether the call is charged for the rest alone.
     prefix: int | None = field(default=None, init=False)
     relies: bool = field(default=False, init=False)
+    #: The tokens of the whole prompt, as estimated.
+    tokens: int = field(default=0, init=False)
     #: What it costs if nothing is read, and how many tokens less it is charged.
     _cold: Mapping[str, int] = field(init=False)
     _free: int = field(default=0, init=False)
@@ -188,12 +189,7 @@ class Prompt:
     @property
     def wanted(self) -> list[Cut]:
         """Where the request asks to cache; or else everywhere, if the provider does so by itself."""
-        return [cut for cut in self.cuts if cut[2]] or self.cuts
-
-    @property
-    def tokens(self) -> int:
-        """The tokens of the whole prompt, as estimated."""
-        return self._cold.get("input_tokens", 0)
+        return [*filter(_asks, self.cuts)] or self.cuts
 
     def tokens_at(self, size: int) -> int:
         """Return the tokens of so many characters from the beginning."""
@@ -211,6 +207,7 @@ class Prompt:
             Exception: as for `Limiter.acquire`.
         """
         self._cold, self._free = {**amounts_of(lease)}, 0
+        self.tokens = self._cold.get("input_tokens", 0)
         try:
             if self.leads:
                 await self._follow(io)
@@ -273,12 +270,14 @@ class Prompt:
         if cached or beside or written:
             saved = beside + cached * (not self.profile.counts_cached)
             count_cached(lease, read=cached + beside > 0, written=written > 0, saved=saved)
-        if self.profile.reserves_cached is None:
-            cached = 0  # if nobody knows, what is part of the input is counted
-        if cached or beside or written or self.prefix or self.leads:  # else it is as known
-            scale = self.tokens / (usage.input_tokens + beside or 1)
-            self.table.learn(self, (cached + beside) * scale, written * scale, sent_at)
-        self.over(began=True)
+        elif self.prefix is None and not self.leads:
+            return  # as known
+        scale = self.tokens / (usage.input_tokens + beside or 1)
+        # If nobody knows how it counts, it counts what is part of the input.
+        read = beside if self.profile.reserves_cached is None else cached + beside
+        self.table.learn(self, read * scale, written * scale, sent_at)
+        if self.leading is not None:
+            self.over(began=True)
 
     def over(self, *, began: bool = False) -> None:
         """End; those who wait for it go if its reply has begun, or else one of them leads."""
@@ -290,7 +289,7 @@ class Prompt:
 class Prefixes:
     """Remember which prefixes a provider has in its cache; `of` returns those of a limiter.
 
-    Safe on several threads.
+    Safe on several threads; what they learn at the same moment costs one wrong guess at most.
     """
 
     def __init__(self, limiter: Limiter) -> None:
@@ -329,37 +328,15 @@ class Prefixes:
         return found
 
     def learn(self, prompt: Prompt, read: float, written: float, sent_at: float) -> None:
-        """Take in how many tokens of ``prompt`` were read and written, as a reply says."""
-        waiting: dict[Prompt, None] = {}
-        with self._lock:
-            changed = [prompt.cuts[0][0]] if self._is_judged_anew(prompt, read) else []
-            self._note(prompt, read, read + written, sent_at, changed)
-            for digest in changed:
-                waiting |= self._waiting.get(digest, {})
-        for each in waiting:
-            each.reprice()
-
-    def _is_judged_anew(self, prompt: Prompt, read: float) -> bool:
-        """Compare what was to be read with what was; return whether that changes how many may rely on it."""
-        before = trust = self._trust.get(prompt.site, 1.0)
-        if read and read >= self._entries.get(prompt.prefix, _UNKNOWN)[0] * _NEARLY:
-            trust = math.inf
-        elif prompt.prefix is not None:
-            trust = -math.inf
-            self._entries.pop(prompt.prefix, None)
-        self._trust[prompt.site] = trust
-        return trust != before
-
-    def _note(
-        self, prompt: Prompt, read: float, cached: float, sent_at: float, changed: list[int]
-    ) -> None:
-        """Note what is ``cached`` of a prompt, and which prefixes that has ``changed``.
+        """Take in how many tokens of ``prompt`` were read and written, as a reply says.
 
         Where a request does not ask to cache, the provider does by itself, and says what was read alone.
         """
+        self._trust.setdefault(prompt.site, 1.0)
+        waiting = self._judge(prompt, read) if read or prompt.prefix is not None else {}
         now, wanted = self.now(), prompt.wanted
         _, last, asks = wanted[-1]
-        whole = cached if asks else prompt.tokens
+        whole = read + written if asks else prompt.tokens
         for digest, size, ttl in wanted:
             tokens, at, until = self._entries.get(digest, _UNKNOWN)
             found = whole * size / (last or 1)
@@ -367,12 +344,24 @@ class Prefixes:
                 found = min(found, read) if found * _NEARLY <= read else 0
             if found or ((tokens or ttl) and at <= sent_at):  # else the reply says nothing of it
                 self._entries.pop(digest, None)
-                self._entries[digest] = found, now, max(until, sent_at + (ttl or _TTL))
-                if (found > 0) != (tokens > 0 and now < until):
-                    changed.append(digest)
+                self._entries[digest] = found, now, sent_at + (ttl or _TTL)
+                if self._waiting and (found > 0) != (tokens > 0 and now < until):
+                    waiting |= self._waiting.get(digest, {})
         if len(self._entries) > MOST:  # many at once: to find the first, all gone are passed
             for each in [*self._entries][: MOST // 16]:
-                del self._entries[each]
+                self._entries.pop(each, None)
+        for call in waiting:
+            call.reprice()
+
+    def _judge(self, prompt: Prompt, read: float) -> dict[Prompt, None]:
+        """Compare what was read with what was to be read; return who waits, if others may rely on it now."""
+        before = self._trust[prompt.site]
+        if read and read >= self._entries.get(prompt.prefix, _UNKNOWN)[0] * _NEARLY:
+            self._trust[prompt.site] = trust = math.inf
+        else:
+            self._trust[prompt.site] = trust = -math.inf
+            self._entries.pop(prompt.prefix, None)
+        return {} if trust == before else {**self._waiting.get(prompt.cuts[0][0], {})}
 
     def enter(self, prompt: Prompt) -> None:
         """Reprice ``prompt`` whenever one of its prefixes turns warm or cold."""
@@ -394,16 +383,15 @@ class Prefixes:
 
         None if ``prompt`` leads from now on, or all of it is known, or not worth caching.
         """
-        with self._lock:
-            for digest, size, _ in prompt.wanted:
-                _, _, until = self._entries.get(digest, _UNKNOWN)
-                if prompt.tokens_at(size) >= LEAST and until <= self.now():
-                    leader = self._leaders.get(digest)
-                    if leader is not None and not leader.done():
-                        return leader
-                    prompt.leading = self._leaders[digest] = Future[bool]()
-                    prompt.leading.set_running_or_notify_cancel()  # who waits can't cancel it
-                    break
+        for digest, size, _ in prompt.wanted:
+            _, _, until = self._entries.get(digest, _UNKNOWN)
+            if prompt.tokens_at(size) >= LEAST and until <= self.now():
+                leader = self._leaders.get(digest)
+                if leader is not None and not leader.done():
+                    return leader
+                prompt.leading = self._leaders[digest] = Future[bool]()
+                prompt.leading.set_running_or_notify_cancel()  # who waits can't cancel it
+                break
         return None
 
 
