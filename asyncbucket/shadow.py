@@ -36,14 +36,13 @@ _log: Final = logging.getLogger("asyncbucket")
 
 @dataclass(slots=True, eq=False)
 class _Call:
-    """A call: where it asks, what for, what it uses, what it passes, and when (ns)."""
+    """A call: where it asks, what for, what it uses, and when (ns)."""
 
     node: Node
     amounts: Amounts
     used: Amounts
-    route: Route
     asked: int
-    deadline: int = NEVER
+    deadline: int
     #: Since when it is the first in line, what it waits for, when it starts, and how long it takes.
     since: int = NEVER
     bound_by: str = "concurrency"
@@ -59,6 +58,8 @@ class Shadow(Account):
         #: For each limiter, the slots of the calls that would go on.
         self._slots = weakref.WeakKeyDictionary[Node, Slots]()
         self._root = self._slots[self._node] = Slots()
+        #: What its calls pass.
+        self._routes = weakref.WeakKeyDictionary[Node, Route]()
         #: How many calls would have waited, and how long (ns) in total, by what held them up.
         self._waits: dict[str, tuple[int, int]] = {}
         self._lines: dict[Node, deque[_Call]] = {}
@@ -75,9 +76,9 @@ class Shadow(Account):
     def passed(self, lease: Any, now: int) -> None:
         """See `Account.passed`: the call asks."""
         node, latest = lease._node, lease._deadline and lease._deadline()
-        call = _Call(node, lease.amounts, lease.amounts, self._route(node), now)
-        call.deadline = NEVER if latest is None else latest
+        call = _Call(node, lease.amounts, lease.amounts, now, NEVER if latest is None else latest)
         self._calls[id(lease)] = call
+        self._routes[node] = self._route(node)
         self._play(now)
         line = self._lines.setdefault(node, deque())
         bounds = (level.standing.max_queue for level in node.path)
@@ -156,7 +157,7 @@ class Shadow(Account):
         call.since = min(call.since, now)
         due, bound_by = NEVER, None
         if now <= call.deadline:
-            due, bound_by = admit(call.route, call.amounts, call.since, now)
+            due, bound_by = admit(self._routes[call.node], call.amounts, call.since, now)
         if due <= now:
             self._started(call)
         elif due < NEVER or bound_by == "concurrency":
@@ -187,9 +188,10 @@ class Shadow(Account):
 
     def _end(self, call: _Call) -> None:
         """Give a call's slots back, and correct its cost to what it used."""
-        for level in call.route.levels:
+        route = self._routes[call.node]
+        for level in route.levels:
             level.in_flight -= 1
-        for meter, resource in call.route.meters:
+        for meter, resource in route.meters:
             reserved, used = call.amounts.get(resource, 0), call.used.get(resource, 0)
             if used > reserved:
                 meter.owe(used - reserved, self._now)
