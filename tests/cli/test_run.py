@@ -169,11 +169,7 @@ def error(message: str, code: str) -> bytes:
     [
         (error(f"bad {SECRET}", "x"), 401, r"HTTP 401: bad \*\*\* .*; correct the key in OPENAI"),
         (error("broke", "insufficient_quota"), 429, "HTTP 429: broke .*; correct .* account"),
-        (
-            b"[" * 100_000,
-            404,
-            r"HTTP 404: \[\[\[.*; check that it is running, or correct --api-base or",
-        ),
+        (b"[" * 100_000, 404, r"HTTP 404: \[\[\[.*; check that it is running, or correct"),
         (b"<html>\nHi\x1b[31m", 200, r"HTTP 200: the reply is not JSON: <html> Hi \[31m"),
         (b"", 200, "HTTP 200: the reply is not JSON: it is empty"),
     ],
@@ -416,13 +412,6 @@ def test_repeatedly_killed_run_answers_each_line_once_without_429(tmp_path: Path
     assert seen.admitted - lines <= 3 * at_once
     files = {path.name for path in tmp_path.iterdir()}
     assert files == {"in.jsonl", "out.jsonl", "out.jsonl.limits"}
-
-
-def test_damaged_record_of_limits_ends_the_run(provider: RateLimitedProvider) -> None:
-    Path("out.jsonl.limits").write_text("weights, and many of them " * 100)
-    result = run(provider, batch(2), "-o", "out.jsonl", "--rpm", "6000", "--quiet", status=2)
-    assert "out.jsonl.limits: SQLite failed (file is not a database)" in result.stderr
-    assert Path("out.jsonl.limits").read_text().startswith("weights")
 
 
 def test_examples_in_help_run_one_after_another(

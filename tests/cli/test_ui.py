@@ -69,12 +69,7 @@ TALLY = Tally(5_000, answered=1_234, answered_earlier=1_000, failed=7, bad=3, se
 @pytest.mark.parametrize(
     ("terminal", "stopped", "times", "expected"),
     [
-        (
-            True,
-            False,
-            1,
-            r"2,244 of 5,000 ━+ 45% [\d,]+/s, 0:\d\d:\d\d left, 0 in flight, 1 429s, 7 f",
-        ),
+        (True, False, 1, r"2,244 of 5,000 ━+ 45% [\d,]+/s, 0:\d\d:\d\d left, 0 in flight, 1 429s"),
         (True, True, 1, r"2,244 of 5,000 ━+ 45% stopping, 0 in flight, 1 429s, 7 failed, 3 bad"),
         (False, False, 3, "progress: 2,244 of 5,000, "),  # a line every ten seconds
     ],
@@ -87,9 +82,8 @@ async def test_progress_is_shown_on_80_columns_or_in_lines(
     limiter = Limiter("500 RPM", clock=virtual_time.clock)
     limiter.pause(0, reason="429")
     with Screen(console) as screen:
-        showing = asyncio.create_task(
-            show_progress(screen, replace(TALLY, stopped=stopped), limiter)
-        )
+        tally = replace(TALLY, stopped=stopped)
+        showing = asyncio.create_task(show_progress(screen, tally, limiter))
         await asyncio.sleep(1 if terminal else 35)
         showing.cancel()
         await asyncio.wait([showing])
@@ -100,9 +94,8 @@ async def test_progress_is_shown_on_80_columns_or_in_lines(
 
 def test_summary_counts_every_line_and_names_errors() -> None:
     errors = Counter({"http_500": 6, "bad_line": 1})
-    assert summary(
-        JOB, replace(TALLY, errors=errors, first_error="over\x1bloaded")
-    ).splitlines() == [
+    tally = replace(TALLY, errors=errors, first_error="over\x1bloaded")
+    assert summary(JOB, tally).splitlines() == [
         "done in 1 min 40 s: 1,234 answered and 1,000 earlier, 7 failed, 3 bad lines",
         "0 requests (12.3 answers/s), 0 429s, 0 + 0 tokens",
         "errors: 6 x http_500, 1 x bad_line; the first: over loaded",

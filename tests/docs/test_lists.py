@@ -29,9 +29,8 @@ def test_first_page_has_nine_programs_of_at_most_fifteen_lines() -> None:
 
 def test_first_page_lists_exactly_the_examples() -> None:
     page = (DOCS / "index.md").read_text("utf-8")
-    files = {
-        file.name for file in (ROOT / "examples").iterdir() if file.suffix in {".py", ".ipynb"}
-    }
+    kinds = {".py", ".ipynb"}
+    files = {file.name for file in (ROOT / "examples").iterdir() if file.suffix in kinds}
     assert set(re.findall(r"^\| \{download\}`([\w.]+) ", page, re.MULTILINE)) == files
     assert set(re.findall(r"\.\./examples/([\w.]+)", page)) == files
 

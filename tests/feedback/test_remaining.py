@@ -145,9 +145,8 @@ def test_deadline_is_not_refused_while_a_reply_may_bring_good_news() -> None:
         async def main() -> float:
             async with limiter.acquire(tokens=1) as lease:
                 observe_remaining(limiter, 0, resource="tokens", per=60)
-                waiting = asyncio.ensure_future(
-                    limiter.acquire(tokens=500, timeout=30).__aenter__()
-                )
+                call = limiter.acquire(tokens=500, timeout=30)
+                waiting = asyncio.ensure_future(call.__aenter__())
                 await asyncio.sleep(1)
                 observe_remaining(limiter, 600, resource="tokens", per=60, limit=600)
                 lease.settle(tokens=1)

@@ -1,7 +1,6 @@
 """One client over several providers: each attempt goes to the member that takes it, as its own."""
 
 import asyncio
-import contextlib
 import json
 import logging
 import re
@@ -16,7 +15,7 @@ import asyncbucket
 from asyncbucket import Limiter, LimitSyntaxError, Pool
 from asyncbucket.attempt import Attempt
 from asyncbucket.http import Endpoint, read_pool
-from asyncbucket.testing import RateLimitedProvider, VirtualClock, VirtualTime
+from asyncbucket.testing import VirtualClock, VirtualTime
 from asyncbucket.waiting import ASYNC, IO, SYNC
 from tests.http.conftest import Server, answering, either_io
 
@@ -307,49 +306,6 @@ async def test_pool_charges_once_when_layers_nest(library: Any) -> None:
 
 
 # --- three providers ---
-
-
-@pytest.mark.real_clock
-@pytest.mark.parametrize("trouble", ["killed and back", "bad key"])
-async def test_lost_provider_loses_no_call(trouble: str, caplog: pytest.LogCaptureFixture) -> None:
-    """Real HTTP: a connection that is cut, a port where nobody listens, and a provider that is back."""
-    with contextlib.ExitStack() as stack:
-        made = (RateLimitedProvider(rpm=rpm, minute=2, latency=0.05) for rpm in (20, 40, 60))
-        providers = [stack.enter_context(each) for each in made]
-        members = [
-            Limiter(f"{n} requests/2s", name=f"of {n}", concurrency=20) for n in (20, 40, 60)
-        ]
-        endpoints: dict[Limiter, Endpoint] = {
-            member: {"base_url": each.base_url, "headers": {"api-key": "k"}}
-            for member, each in zip(members, providers, strict=True)
-        }
-        broken = providers[2]
-        broken.port = int(broken.url.rpartition(":")[2])
-
-        async def disturb() -> None:
-            while broken.statistics().admitted < 5:  # noqa: ASYNC110 - it counts in its own thread
-                await asyncio.sleep(0.01)
-            if trouble == "bad key":
-                broken.always = 401
-                return
-            await asyncio.to_thread(broken.stop)
-            await asyncio.sleep(0.5)
-            await asyncio.to_thread(broken.start)
-
-        async with Pool(*members).http_client(endpoints, family="httpx") as client:
-            calls = [client.post("/chat/completions", json=BODY) for _ in range(90)]
-            replies, _ = await asyncio.gather(asyncio.gather(*calls), disturb())
-
-        assert [reply.status_code for reply in replies] == [200] * 90
-        seen = [each.statistics() for each in providers]
-        assert [each.refused for each in seen] == [0, 0, 0]
-        told = [text for text in caplog.messages if "leaves out" in text]
-        if trouble == "bad key":
-            assert sum(each.admitted - each.errors for each in seen) == 90
-            assert told == ["pool 'pool' leaves out 'of 60': HTTP 401 (invalid_api_key)"]
-        else:
-            assert members[2].statistics().in_flight == 0
-            assert told[0].startswith("pool 'pool' leaves out 'of 60': Connect")
 
 
 async def test_answered_probe_lets_others_follow_before_its_stream_ends(library: Any) -> None:

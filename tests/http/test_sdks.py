@@ -24,11 +24,8 @@ from asyncbucket.http.exchange import family_of, library_named
 from asyncbucket.testing import RateLimitedProvider
 from tests.http.conftest import Server
 
-CALL: dict[str, Any] = {
-    "model": "m",
-    "messages": [{"role": "user", "content": "?"}],
-    "max_tokens": 50,
-}
+QUESTION = [{"role": "user", "content": "?"}]
+CALL: dict[str, Any] = {"model": "m", "messages": QUESTION, "max_tokens": 50}
 #: The library that this version of the SDK is built on.
 FAMILY: Any = "httpx" if openai.VERSION < "3" else "httpx2"
 

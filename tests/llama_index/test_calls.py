@@ -43,13 +43,7 @@ from tests.llama_index.conftest import (
 NAN: Any = math.nan
 #: Ten tokens.
 USED = {"usage": {"prompt_tokens": 4, "completion_tokens": 6}}
-REMOTE: list[Callable[[], LLM]] = [
-    make_openai,
-    make_responses,
-    make_azure,
-    make_like,
-    make_anthropic,
-]
+REMOTE: list[Any] = [make_openai, make_responses, make_azure, make_like, make_anthropic]
 
 
 async def drain(stream: Awaitable[Any]) -> list[Any]:

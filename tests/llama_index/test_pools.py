@@ -149,10 +149,7 @@ SERVE = (
 @pytest.mark.parametrize(
     ("models", "message"),
     [
-        (
-            make_openai,
-            "one OpenAI calls one provider, and pool 'pool' has 2: wrap one model for each",
-        ),
+        (make_openai, "one OpenAI calls one provider, and pool 'pool' has 2: wrap one model for"),
         (lambda: TOOL, "a tool by a limiter of its own"),
         (lambda: [make_openai()], f"{SERVE}OpenAI$"),
         (lambda: [TOOL, TOOL], f"{SERVE}FunctionTool, FunctionTool"),

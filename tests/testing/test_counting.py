@@ -159,9 +159,8 @@ async def test_prefix_is_read_from_the_reply_that_writes_it_until_it_expires(
     virtual_time: VirtualTime, *, stream: bool
 ) -> None:
     clock = virtual_time.clock
-    provider = RateLimitedProvider(
-        itpm=10_000, latency=10.0, begins=0.2, cache=Cache(), clock=clock
-    )
+    cached: Any = {"itpm": 10_000, "cache": Cache()}
+    provider = RateLimitedProvider(**cached, latency=10.0, begins=0.2, clock=clock)
     client = httpx.AsyncClient(transport=provider.mock_transport(), headers=KEY)
 
     async def ask(second: float, *texts: str) -> tuple[int, int, int]:
@@ -183,8 +182,5 @@ def usage(lines: list[str]) -> tuple[int, int, int]:
     line = next(line for line in lines if "input_tokens" in line).removeprefix("data: ")
     found = json.loads(line)
     used = (found.get("message") or found)["usage"]
-    return (
-        used["input_tokens"],
-        used["cache_creation_input_tokens"],
-        used["cache_read_input_tokens"],
-    )
+    read, written = used["cache_read_input_tokens"], used["cache_creation_input_tokens"]
+    return used["input_tokens"], written, read

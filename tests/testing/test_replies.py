@@ -142,9 +142,8 @@ class Everything(BaseModel):
 async def test_response_format_yields_valid_json(client: AsyncOpenAI) -> None:
     schema = {"type": "json_schema", "json_schema": {"schema": Everything.model_json_schema()}}
     plain = await chat(client, response_format=schema)
-    strict = await client.chat.completions.parse(
-        model="m", messages=HELLO, response_format=Everything
-    )
+    ask = client.chat.completions.parse
+    strict = await ask(model="m", messages=HELLO, response_format=Everything)
     response = await client.responses.parse(model="m", input="Hello", text_format=Everything)
     made = Everything.model_validate_json(plain.choices[0].message.content)
     assert made == strict.choices[0].message.parsed == response.output_parsed
@@ -217,11 +216,8 @@ async def test_message_uses_a_tool_once_or_as_told(anthropic: AsyncAnthropic) ->
     deltas = [event.delta async for event in stream if event.type == "content_block_delta"]
     use = {"type": "tool_use", "id": "toolu_1", "name": "multiply", "input": ARGUMENTS}
     result = {"type": "tool_result", "tool_use_id": "toolu_1", "content": "3"}
-    history = [
-        *HELLO,
-        {"role": "assistant", "content": [use]},
-        {"role": "user", "content": [result]},
-    ]
+    asked = {"role": "assistant", "content": [use]}
+    history = [*HELLO, asked, {"role": "user", "content": [result]}]
     answer = await message(anthropic, history, tools=[tool], tool_choice={"type": "auto"})
     assert json.loads("".join(delta.partial_json for delta in deltas)) == ARGUMENTS
     assert answer.content[0].text == "You said: Hello"
