@@ -362,9 +362,9 @@ class RedisLedger(Ledger):
         """
         self._reset_call()
         starts = "{}"
-        config = batch.config or self.config
-        codec = self._codec if config == self._codec.config else Codec(config)
+        known = self._codec if self.config == self._codec.config else Codec(self.config)
         while True:
+            codec = known if batch.config is None else Codec(batch.config.after(known.config))
             reply = await self._run(
                 codec,
                 "commit",
@@ -373,7 +373,7 @@ class RedisLedger(Ledger):
                 batch.waiting,
                 codec.corrections(batch.corrections),
                 script.as_json([dict(call) for call in batch.calls]),
-                int(batch.config is not None),
+                "" if batch.config is None else known.text,
                 -(-batch.pause // GRAIN),
                 starts,
             )
@@ -381,10 +381,8 @@ class RedisLedger(Ledger):
                 break
             if "wall" in reply:
                 starts = codec.starts(int(reply["wall"]))
-                continue
-            codec = Codec.from_text(reply["config"])
-            if batch.config is not None:
-                codec = Codec(batch.config.after(codec.config))
+            else:
+                known = Codec.from_text(reply["config"])
         self._codec, self.config, self._epoch = codec, codec.config, reply["epoch"]
         receipt = codec.receipt(reply, batch)
         if receipt.in_line and not self._listens:

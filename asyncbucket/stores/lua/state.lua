@@ -66,17 +66,11 @@ local function load(told)
   end
 end
 
--- Put other limits in force, as LimitConfig.after has it; what is booked under limits that stay, stays.
+-- Put the worker's limits in force; what is booked under limits that stay, stays.
 local function configure()
-  local new = cjson.decode(config_text)
-  local is_given = #config.meters > 0 and not config.learned
-  local drops_all = #new.meters == 0 and (#config.meters > 0 or (config.concurrency and not new.concurrency))
-  if text == config_text or drops_all or (new.learned and is_given) then
-    return false -- the worker asks again, with what stays
-  end
   local before = s.windows
   text, s.windows = config_text, {}
-  for _, m in ipairs(new.meters) do
+  for _, m in ipairs(cjson.decode(text).meters) do
     s.windows[m.key] = before[m.key]
   end
   for key, w in pairs(before) do
@@ -85,7 +79,6 @@ local function configure()
     end
   end
   build_meters()
-  return true
 end
 
 -- Keep all until nothing is left to remember.

@@ -34,16 +34,19 @@ end
 
 local verbs = {}
 
-function verbs.commit(seq, held, weight, corrections, calls, sets_config, pause, told)
+-- `replaced` are the limits that a worker replaces by its own; '' if it does not.
+function verbs.commit(seq, held, weight, corrections, calls, replaced, pause, told)
   seq, held = tonumber(seq), tonumber(held)
-  if sets_config == '1' then
+  if replaced ~= '' then
     redis.call('PUBLISH', channel, '-1 ' .. worker) -- tells nobody, but is refused whom ACLs forbid to tell
   end
   load(told)
   local is_new = redis.call('EXISTS', KEYS[1]) == 0
-  is_new = sets_config == '1' and configure() or is_new
-  if text ~= config_text then
-    return cjson.encode({ config = text })
+  local sets_config = is_new or text ~= config_text
+  if text ~= config_text and text ~= replaced then
+    return cjson.encode({ config = text }) -- it asks again, under these, or to replace these
+  elseif text ~= config_text then
+    configure()
   end
   for _, m in ipairs(config.meters) do
     local n = window_period(m.w, now - offset)
@@ -72,8 +75,8 @@ function verbs.commit(seq, held, weight, corrections, calls, sets_config, pause,
     crowded = rivals > 0 or 2 * free_slots() < (config.concurrency or 0),
     in_line = me.need ~= nil,
   })
-  save(is_new)
-  if is_new then
+  save(sets_config)
+  if sets_config then
     redis.call('PUBLISH', 'asyncbucket:wake:*', '0 ' .. KEYS[1])
   end
   return me.text
