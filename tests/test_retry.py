@@ -265,7 +265,9 @@ async def test_refused_retry_raises_provider_error_and_holds_no_slot_meanwhile(
         await retried
     assert caught.value is first
     (note,) = first.__notes__
-    assert note.startswith("asyncbucket: tried once in 1.0 s; gave up: no other attempt was")
+    assert note.startswith(
+        "asyncbucket: tried once in 1.0 s; gave up: no other attempt was admitted: "
+    )
     assert "59" in note
 
 

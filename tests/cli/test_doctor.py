@@ -19,7 +19,9 @@ def test_packages_and_retries_are_reported(monkeypatch: pytest.MonkeyPatch) -> N
     here, found, retries, remedy = typed()
     assert here.startswith("asyncbucket (not installed) on cpython 3")
     assert found == "packages: openai 2.54, llama-index-llms-openai 1, httpx 0.28"
-    assert retries.startswith("note: clients of openai, llama-index-llms-openai retry by")
+    assert retries.startswith(
+        "note: clients of openai, llama-index-llms-openai retry by themselves"
+    )
     assert remedy.startswith("      -> limiter.wrap(...) and pace(...) leave one layer")
 
 

@@ -61,7 +61,10 @@ def test_samples_limits_and_prices_are_read_from_files_and_options(tmp_path: Pat
     ("options", "error"),
     [
         ("", "how many calls? give calls, or samples of tokens or latency, in a list or a file"),
-        ("--calls 3 --tokens none.jsonl", "'none.jsonl' is neither a number, JSON, nor an"),
+        (
+            "--calls 3 --tokens none.jsonl",
+            "'none.jsonl' is neither a number, JSON, nor an existing file",
+        ),
         ("--calls 3 --tokens {", "'{' is neither a number, JSON, nor an existing file"),
         ("a.jsonl --tokens 9", "'a.jsonl' and --tokens both say what calls cost"),
     ],

@@ -169,7 +169,11 @@ def error(message: str, code: str) -> bytes:
     [
         (error(f"bad {SECRET}", "x"), 401, r"HTTP 401: bad \*\*\* .*; correct the key in OPENAI"),
         (error("broke", "insufficient_quota"), 429, "HTTP 429: broke .*; correct .* account"),
-        (b"[" * 100_000, 404, r"HTTP 404: \[\[\[.*; check that it is running, or correct"),
+        (
+            b"[" * 100_000,
+            404,
+            r"HTTP 404: \[\[\[.*; check that it is running, or correct --api-base or",
+        ),
         (b"<html>\nHi\x1b[31m", 200, r"HTTP 200: the reply is not JSON: <html> Hi \[31m"),
         (b"", 200, "HTTP 200: the reply is not JSON: it is empty"),
     ],

@@ -173,7 +173,9 @@ def test_whole_answers_in_a_file_are_done_whatever_its_end(
 @pytest.mark.parametrize("text", ['{"my": "notes"}\nand more', "notes", "{}\n"])
 def test_foreign_line_is_refused_and_left_unchanged(out: Path, text: str) -> None:
     out.write_text(text)
-    with pytest.raises(ValueError, match=r"^line 1 of .*out.jsonl was not written by .*: remove"):
+    with pytest.raises(
+        ValueError, match=r"^line 1 of .*out.jsonl was not written by .*: remove it"
+    ):
         Answers(out, SETTINGS).__enter__()
     assert out.read_text() == text
 

@@ -69,7 +69,12 @@ TALLY = Tally(5_000, answered=1_234, answered_earlier=1_000, failed=7, bad=3, se
 @pytest.mark.parametrize(
     ("terminal", "stopped", "times", "expected"),
     [
-        (True, False, 1, r"2,244 of 5,000 ━+ 45% [\d,]+/s, 0:\d\d:\d\d left, 0 in flight, 1 429s"),
+        (
+            True,
+            False,
+            1,
+            r"2,244 of 5,000 ━+ 45% [\d,]+/s, 0:\d\d:\d\d left, 0 in flight, 1 429s, 7 f",
+        ),
         (True, True, 1, r"2,244 of 5,000 ━+ 45% stopping, 0 in flight, 1 429s, 7 failed, 3 bad"),
         (False, False, 3, "progress: 2,244 of 5,000, "),  # a line every ten seconds
     ],

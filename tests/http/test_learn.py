@@ -221,7 +221,9 @@ def test_what_replies_prove_is_told_and_becomes_the_law(clock: VirtualClock) -> 
     assert passing(limiter) == 0
     clock.advance(30)
     assert passing(limiter) == 30
-    sentence = "the provider counts by a bucket of 30 requests, refilled at 60 per 60 s; learned"
+    sentence = (
+        "the provider counts by a bucket of 30 requests, refilled at 60 per 60 s; learned from"
+    )
     assert [each[: len(sentence)] for each in heard if each] == [sentence]
     assert sentence in str(limiter.explain())
     belief = limiter.statistics().limits[0].belief

@@ -177,6 +177,6 @@ async def test_sdk_that_retries_too_is_logged_once(
     assert len(server.requests) == limiter.statistics().admitted == 5 + 1 + 1
     (message,) = (each.message for each in caplog.records if each.name == "asyncbucket")
     assert message.startswith(
-        "the SDK above the transport of limiter 'openai' retries failed calls"
+        "the SDK above the transport of limiter 'openai' retries failed calls, too"
     )
     assert message.endswith("pass max_retries=0 to the SDK")

@@ -345,7 +345,9 @@ async def test_tool_of_a_function_that_acquires_is_not_paced_twice() -> None:
     assert [str(await tool.acall(a=2, b=3)) for tool in tools] == ["6", "5"]
     assert (admitted(limiter), in_flight(limiter)) == (2, 0)
     for other in (chat, Limiter("100 RPM")):
-        with pytest.raises(ValueError, match=r"is paced by <Limiter 'default'.* already and can't"):
+        with pytest.raises(
+            ValueError, match=r"is paced by <Limiter 'default'.* already and can't be"
+        ):
             other.wrap([limiter.paced(multiply)])
 
 

@@ -146,6 +146,18 @@ async def test_first_calls_are_careful_while_nothing_is_known(
     await asyncio.gather(*calls)
 
 
+async def test_model_keeps_the_strict_window_if_it_is_not_to_learn(
+    rate_limited_provider: "ProviderFactory", reader: Reader
+) -> None:
+    limiter = Limiter("600 RPM")
+    options = {"default_headers": {"connection": "close"}}  # nobody closes the client
+    plain = make_openai(api_base=rate_limited_provider(rpm=600).base_url, **options)
+    llm = limiter.wrap(plain, learn=False)
+    for _ in range(8):
+        await reader.call(llm, "chat", MESSAGES)
+    assert limiter.statistics().limits[0].belief is None
+
+
 @pytest.mark.parametrize(("host", "counted"), [("api.groq.com", 26), ("llm.test", 90)])
 async def test_cached_tokens_count_as_at_provider(api: FakeAPI, host: str, counted: int) -> None:
     usage: dict[str, Any] = {"prompt_tokens": 90, "completion_tokens": 7, "total_tokens": 97}

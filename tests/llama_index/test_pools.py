@@ -149,7 +149,10 @@ SERVE = (
 @pytest.mark.parametrize(
     ("models", "message"),
     [
-        (make_openai, "one OpenAI calls one provider, and pool 'pool' has 2: wrap one model for"),
+        (
+            make_openai,
+            "one OpenAI calls one provider, and pool 'pool' has 2: wrap one model for each",
+        ),
         (lambda: TOOL, "a tool by a limiter of its own"),
         (lambda: [make_openai()], f"{SERVE}OpenAI$"),
         (lambda: [TOOL, TOOL], f"{SERVE}FunctionTool, FunctionTool"),

@@ -107,7 +107,11 @@ def test_share_used_of_each_request_limit_follows_its_own_window() -> None:
         (["9 RPM"], {"calls": 5, "pool": Pool(Limiter(rpm=5))}, "a pool has the limits of its mem"),
         ([], {"calls": 5, "concurrency": 2}, "what concurrency=2 allows depends on how long"),
         ([], {"calls": 5, "concurrency": "auto"}, "concurrency must be a whole number .* 'auto'"),
-        ([], {"calls": 5, "latency": -1}, "latency: expected a finite number of at least 0, not"),
+        (
+            [],
+            {"calls": 5, "latency": -1},
+            "latency: expected a finite number of at least 0, not -1",
+        ),
         ([], {"calls": 5, "tokens": True}, "tokens: expected a finite .* of at least 0, not True"),
         ([], {"tokens": []}, "tokens has no samples"),
         ([], {"tokens": [1, -2]}, "tokens, sample 2: expected a finite .* of at least 0, not -2"),
