@@ -419,7 +419,7 @@ def find_provider_meter(node: Node, window: Window) -> Any:
     from asyncbucket.feedback.provider_meter import ProviderMeter
 
     for meter, _ in node.extra:
-        if getattr(meter, "key", None) == window.limit.key:
+        if meter.key == window.limit.key:
             return meter
     found = ProviderMeter.of(window)
     node.extra = (*node.extra, (found, window.limit.resource))

@@ -114,7 +114,7 @@ class Shadow(Account):
             ahead._await_end(call)
         ahead._play(NEVER - 1)
         calls = ahead._root.admitted + ahead._failed
-        refusals = self._node.counted().counts["upstream_429"]
+        refusals = self._node.tally.counts["upstream_429"]
         waits = {name: Waits(count, ns * 1e-9) for name, (count, ns) in ahead._waits.items()}
         would_wait = sum(each.count for each in waits.values())
         mean_wait = sum(each.seconds for each in waits.values()) / max(1, calls)

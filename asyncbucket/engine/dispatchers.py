@@ -28,7 +28,7 @@ import time
 import weakref
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Final, Literal, NoReturn, Self, TypeAlias
+from typing import Final, Literal, NoReturn, Protocol, Self, TypeAlias
 
 from asyncbucket.engine.meters import NEVER, admit
 from asyncbucket.engine.node import shown_name
@@ -272,7 +272,7 @@ class Stalls:
             return None, due
         root = self._top.node
         root.count("overridden")
-        if root.counted().counts["overridden"] == 1:
+        if root.tally.counts["overridden"] == 1:
             says = (
                 "a call passed without a slot: every slot is held on an event loop that has been "
                 "blocked for over 1 s; await on that loop instead of blocking it"
@@ -336,14 +336,18 @@ class OfThisProcess:
 
 #: Module state, because ``os.register_at_fork`` cannot be undone: so it is called once, and holds
 #: only weak references.
-_FORKABLE: Final["weakref.WeakSet[Any]"] = weakref.WeakSet()
+_FORKABLE: Final["weakref.WeakSet[Forkable]"] = weakref.WeakSet()
 
 
-def reset_after_fork(obj: Any) -> None:
-    """Have ``obj.after_fork()`` called in a child process, for as long as ``obj`` lives.
+class Forkable(Protocol):
+    """Have something to do in a child process."""
 
-    It is to replace locks, which the parent may have held, and to forget what is the parent's.
-    """
+    def after_fork(self) -> None:
+        """Replace locks, which the parent may have held, and forget what is the parent's."""
+
+
+def reset_after_fork(obj: Forkable) -> None:
+    """Have ``obj.after_fork()`` called in a child process, for as long as ``obj`` lives."""
     _FORKABLE.add(obj)
 
 

@@ -12,12 +12,12 @@ of slots, a `PauseMeter` lets nobody pass for a while, a `Place` keeps a root's 
 # ruff: noqa: ARG002
 
 from collections.abc import Collection, Iterable, Iterator
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from asyncbucket.engine.errors import AsyncBucketError
 from asyncbucket.engine.events import Outcome
 from asyncbucket.engine.limits import Limit
-from asyncbucket.engine.meters import Amounts, Meters, Slots
+from asyncbucket.engine.meters import Amounts, Meter, Meters, Slots
 from asyncbucket.engine.statistics import LimitUse
 
 
@@ -108,7 +108,8 @@ class Order(Protocol):
         ...
 
 
-class PauseMeter(Protocol):
+@runtime_checkable
+class PauseMeter(Meter, Protocol):
     """Let nobody pass for a while: a meter that people set."""
 
     #: Until when (ns), and why.

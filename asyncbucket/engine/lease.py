@@ -197,7 +197,8 @@ class Lease(Call, OfThisProcess):
             if self._in_line is not None:
                 self._in_line.line.credit_flows(self._amounts)
                 self._in_line = None
-            self._notify_released_locked("failed", {})
+            if pacer.observed:
+                self._notify_released_locked("failed", {})
             pacer.ring_locked(self._node)
 
     # --- waiting ---
@@ -584,17 +585,15 @@ class Lease(Call, OfThisProcess):
                 if bound.in_flight + 1 >= bound.most:  # somebody may wait for this slot
                     pacer.ring_locked(node)
                     break
-        self._notify_released_locked(outcome, self._used())
+        if pacer.observed:
+            self._notify_released_locked(outcome, self._used())
 
     def _notify_released_locked(self, outcome: Outcome, used: Mapping[str, int]) -> None:
-        node = self._node
-        pacer: Pacer = node.pacer
-        if pacer.observed:
-            held = (pacer.clock() - self._when) * 1e-9
-            amounts = Cost.of(used)
-            pacer.notify_locked(
-                node, Released, cost=self.cost, held=held, outcome=outcome, used=amounts
-            )
+        node, cost, amounts = self._node, self.cost, Cost.of(used)
+        held = (node.pacer.clock() - self._when) * 1e-9
+        node.pacer.notify_locked(
+            node, Released, cost=cost, held=held, outcome=outcome, used=amounts
+        )
 
     @property
     def amounts(self) -> Amounts:
@@ -706,7 +705,7 @@ def _warn_of_first(node: Node) -> None:
     Whoever forgets to await does so from the first call on. So only those of a limiter that nobody
     has used yet are watched.
     """
-    if not (node.slots.admitted or node.standing.waiting or node.tally):
+    if not (node.slots.admitted or node.standing.waiting or node.tally.counts):
         warnings.warn(
             "an acquisition was never awaited, so nothing was paced: write "
             "`await limiter.acquire(...)` or `async with limiter.acquire(...):`",

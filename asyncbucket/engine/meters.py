@@ -49,6 +49,7 @@ from fractions import Fraction
 from typing import Any, ClassVar, Final, Protocol, TypeAlias
 
 from asyncbucket.engine.limits import Calendar, Key, Limit
+from asyncbucket.engine.statistics import Belief
 
 #: "Not before something is given back": later than any instant.
 NEVER: Final = 1 << 100
@@ -78,6 +79,17 @@ class Meter(Protocol):
     bound_by: ClassVar[str | None] = None
     #: Whether it learns from replies: see `asyncbucket.feedback.provider_meter`.
     learns: ClassVar[bool] = False
+
+    @property
+    def key(self) -> Key | None:
+        """What identifies the limit of which it learns."""
+        return None
+
+    @property
+    def belief(self) -> Belief | None:
+        """What is believed of how the provider counts; None as long as nothing was learned."""
+        return None
+
     #: How many units are sure to pass now or later, so that nobody has to ask; it may always be 0.
     free: int = 0
     #: What a store has to keep of it.

@@ -83,7 +83,6 @@ class Node:
     keeper: Place | None = None
     #: Called before it is forgotten, if it was let go.
     on_finalize: "Callable[[Node], object] | None" = None
-    tally: "Tally | None" = None
     #: If a root has it, every call of the tree passes at once, and only this account hears of it.
     bystander: Account | None = None
     #: If its calls may pass in any of several trees: its nodes there. Each counts for itself, and
@@ -222,14 +221,15 @@ class Node:
         return None if self.slots.most >= NEVER else self.slots.most
 
     @property
-    def place(self) -> Any:
+    def place(self) -> Place | None:
         """What keeps its limits and slots (`asyncbucket.engine.interfaces.Place`), if a store does."""
         if self.parent is None:
-            return self.pacer.place
+            root: Place | None = self.pacer.place
+            return root
         return self.keeper if self.keeper and (self.limits or self.slots.most < NEVER) else None
 
     @property
-    def places(self) -> Iterator[Any]:
+    def places(self) -> Iterator[Place]:
         """What keeps limits and slots here and above, from here up to the root."""
         return filter(None, (node.place for node in self.chain))
 
@@ -241,8 +241,7 @@ class Node:
 
     def pauses(self) -> "Iterator[PauseMeter]":
         """Yield the pause of this limiter itself, if there has been one."""
-        extra: list[Any] = [meter for meter, _ in self.extra]
-        yield from (meter for meter in extra if meter.bound_by == "paused")
+        yield from (meter for meter, _ in self.extra if isinstance(meter, PauseMeter))
 
     def why_paused(self) -> str:
         """Return the reason of the pause that ends last, here or above, in brackets; "" if none has one."""
@@ -361,18 +360,19 @@ class Node:
 
     # --- what happened ---
 
+    @cached_property
+    def tally(self) -> Tally:
+        """What has happened so far to its calls."""
+        return Tally()
+
     def count(self, what: str, number: int = 1) -> None:
         """Count what has happened to a call, here and above."""
         for node in self.path:
-            if node.tally is None:
-                node.tally = Tally()
             node.tally.counts[what] += number
 
     def count_waits(self, calls: int, waited: int, bound_by: str) -> None:
         """Count ``calls`` calls that waited ``waited`` ns in all, here and above."""
         for node in self.path:
-            if node.tally is None:
-                node.tally = Tally()
             sums = node.tally.waits.setdefault(bound_by, [0, 0])
             sums[0] += calls
             sums[1] += waited
@@ -380,13 +380,7 @@ class Node:
     def count_refund(self, resource: str, units: int) -> None:
         """Count units that were given back, here and above."""
         for node in self.path:
-            if node.tally is None:
-                node.tally = Tally()
             node.tally.refunded[resource] += units
-
-    def counted(self) -> "Tally":
-        """Return what has happened so far."""
-        return self.tally or Tally()
 
     def is_as_new(self, now: int) -> bool:
         """Tell whether a limiter made anew would do the same, so that this one may be forgotten."""

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from asyncbucket.engine.cost import Cost
 from asyncbucket.engine.errors import (
@@ -228,7 +228,7 @@ def statistics_locked(node: Node) -> Statistics:
     pacer: Pacer = node.pacer
     pacer.lock.run_jobs_locked()
     pacer.discard_closed()
-    now, tally = pacer.clock(), node.counted()
+    now, tally = pacer.clock(), node.tally
     return Statistics(
         name=node.name,
         admitted=node.slots.admitted,
@@ -239,7 +239,7 @@ def statistics_locked(node: Node) -> Statistics:
         concurrency=node.concurrency,
         paused=max((0, *(pause.until - now for pause in node.pauses()))) * 1e-9,
         upstream_429=tally.counts["upstream_429"],
-        overridden=pacer.root.counted().counts["overridden"],
+        overridden=pacer.root.tally.counts["overridden"],
         waits={name: Waits(n, ns * 1e-9) for name, (n, ns) in tally.waits.items()},
         refunded=dict(tally.refunded),
         limits=tuple(uses_locked(node, now)),
@@ -256,7 +256,7 @@ def uses_locked(node: Node, now: int) -> Iterator[LimitUse]:
             yield replace(use, resets_in=use.limit.resets_in(wall))
         return
     for key, window in node.limits.items():
-        beside: list[Any] = [meter for meter, _ in node.extra if getattr(meter, "key", None) == key]
+        beside = [meter for meter, _ in node.extra if meter.key == key]
         left = min(meter.available(now) for meter in (window, *beside))
         belief = next((meter.belief for meter in beside if meter.learns), None)
         yield LimitUse(window.limit, window.used, left, window.limit.resets_in(wall), belief)

@@ -3,7 +3,8 @@
 import math
 from typing import ClassVar, Final
 
-from asyncbucket.engine.meters import NEVER, Meter
+from asyncbucket.engine.interfaces import PauseMeter
+from asyncbucket.engine.meters import NEVER
 
 #: A slow start proceeds in steps, each a 16th of the pause, at most a quarter of a second,
 _STEPS: Final = 16
@@ -12,7 +13,7 @@ _LONGEST_STEP: Final = 250_000_000
 SLOW_CALLS: Final = 256
 
 
-class Pause(Meter):
+class Pause(PauseMeter):
     """Let nobody pass before ``until``; a slow start after it lets calls in gradually.
 
     The n-th call of a slow start may pass log2(n) steps after the end of the pause: one call at

@@ -27,7 +27,7 @@ calls back by what is left, where others use the same key.
 """
 
 from collections.abc import Mapping
-from typing import ClassVar, Final, Self
+from typing import ClassVar, Final, NamedTuple, Self
 
 from asyncbucket.engine.limits import Key, Limit
 from asyncbucket.engine.meters import Meter, Window
@@ -62,6 +62,14 @@ _HOLD: Final = 5_000_000_000
 _STEP: Final = 8
 
 
+class _Refusals(NamedTuple):
+    """Waves of refusals so far, when the latest came, and from when on the size may grow again."""
+
+    waves: int = 0
+    at: int = -1
+    grow_from: int = -1
+
+
 class ProviderMeter(Meter):
     """Admit what the provider's own meter will accept, as far as replies have shown how it counts.
 
@@ -74,7 +82,7 @@ class ProviderMeter(Meter):
     learns: ClassVar[bool] = True
 
     def __init__(self, limit: Limit) -> None:
-        self.limit, self.key, self.window = limit, limit.key, limit.window
+        self.limit, self.window = limit, limit.window
         self.is_paced = limit.window <= _LONG
         #: The provider's limit, as it says; and what it gives back in a window, as far as known.
         self.announced = self.rate = self._told = limit.units
@@ -84,8 +92,7 @@ class ProviderMeter(Meter):
         #: The most backlog that a call may leave behind.
         self.size = told or max(1, limit.units * min(_START, self.window) // self.window)
         self._backlog = _Backlog(limit.window)
-        #: Waves of refusals so far, when the latest came, and from when on the size may grow again.
-        self._waves, self._refused_at, self._grows_from = 0, -1, -1
+        self._refusals = _Refusals()
         #: When the rate was changed last; when the latest report came, and what it said was left.
         self._rate_at, self._heard = -1, (-_JUST_NOW, 0)
         self._proof = Proof(limit.window)
@@ -101,6 +108,11 @@ class ProviderMeter(Meter):
             if units:
                 meter.book(units, date)
         return meter
+
+    @property
+    def key(self) -> Key:
+        """See `Meter.key`."""
+        return self.limit.key
 
     def renewed(self, limits: Mapping[Key, Window]) -> Self:
         """See `Meter.renewed`: of another limit nothing is known."""
@@ -126,7 +138,9 @@ class ProviderMeter(Meter):
         self._backlog.add(amount, when)
         self._remaining.book(amount, when)
 
-    owe = book
+    def owe(self, amount: int, when: int) -> None:
+        """See `Meter.owe`."""
+        self.book(amount, when)
 
     def unbook(self, amount: int, when: int, *, left: int = 0) -> None:
         """See `Meter.unbook`."""
@@ -167,10 +181,10 @@ class ProviderMeter(Meter):
     def accepted(self, when: int, now: int) -> None:
         """Take in that a call booked at ``when`` was accepted."""
         fits = self._backlog.sent.get(when)
-        if fits is None or when < self._refused_at or not self.is_paced:
+        if fits is None or when < self._refusals.at or not self.is_paced:
             return
         self._leak(now)
-        if now > self._grows_from:
+        if now > self._refusals.grow_from:
             grown = self._top if self.proven else fits + fits // 3 + 1
             self.size = max(self.size, min(grown, self._top))
         if self.rate < self._limit and now - self._rate_at > _HOLD:
@@ -192,19 +206,19 @@ class ProviderMeter(Meter):
             return False
         self._leak(now)
         self._backlog.sent[when] -= amount
-        if when < self._refused_at:
+        if when < self._refusals.at:
             return False
-        self._refused_at = self._rate_at = now
-        self._waves += 1
+        waves = self._refusals.waves + 1
+        self._rate_at = now
+        self._refusals = _Refusals(waves, now, now + self.window * min(_PATIENCE, 1 << waves))
         if backlog > _FEW * amount:
             self.size = max(1, min(self.size, backlog // 2))
         else:
             is_near = self.rate * 4 > self._limit * 3
             self.rate = max(1, self.rate * (_NEAR if is_near else _FAR) // 100)
             self.size = max(1, self.size // 2)
-        self._grows_from = now + self.window * min(_PATIENCE, 1 << self._waves)
         if self.kind is None:
-            self._believed = now, self._waves
+            self._believed = now, waves
         return True
 
     # --- what replies say ---
@@ -253,7 +267,7 @@ class ProviderMeter(Meter):
         sent = now if since is None else since
         is_news = self._is_news(left, now, sent, rounding, full_in)
         if is_news:
-            self._believed = now, self._proof.heard if self.kind else self._waves
+            self._believed = now, self._proof.heard if self.kind else self._refusals.waves
             self.size = min(self.size, self._top)
             self._remaining.restart()
         self._remaining.hear(
@@ -286,7 +300,7 @@ class ProviderMeter(Meter):
     def belief(self) -> Belief | None:
         """What is believed of how the provider counts; None as long as nothing was learned."""
         is_lower = self.announced < self._told
-        if self.kind is None and not self._waves and not is_lower:
+        if self.kind is None and not self._refusals.waves and not is_lower:
             return None
         return Belief(
             kind=self.kind,

@@ -253,7 +253,7 @@ class StorePlace(Place):
         self._open_session(waiter.dispatcher.loop).wake_for(waiter)
 
     def leave(self, waiter: AnyWaiter) -> Line | None:
-        places = (self, *waiter.line.node.places)
+        places = (self, *_places_of(waiter.line.node))
         place = next((each for each in places if waiter in each.calls), None)
         if place is None:
             return None
@@ -502,7 +502,7 @@ class StorePlace(Place):
         if self.root is None:
             self._pacer.leave_lines(waiter)  # it is bound to this store now
         else:
-            above = next(place for place in self._node.places if place is not self)
+            above = next(place for place in _places_of(self._node) if place is not self)
             above._stand(waiter, self.calls.pop(waiter))
 
     def cancel(self, reservation: Reservation) -> None:
@@ -540,7 +540,7 @@ class StorePlace(Place):
         """Let a booked call go, because its start has come, unless it gives up in this moment."""
         if any(place.is_stale(each, now) for place, each in standing.given.items()):
             standing.cancel()
-            first = next(standing.line.node.places)
+            first = next(_places_of(standing.line.node))
             if first is not self:
                 del self.calls[waiter]
             first._stand(waiter, standing)
@@ -646,3 +646,8 @@ class StorePlace(Place):
             )
             self._session = Session(self, home)
         return self._session
+
+
+def _places_of(node: Node) -> Iterator[StorePlace]:
+    """Yield what keeps limits and slots in a store at ``node`` and above."""
+    return (place for place in node.places if isinstance(place, StorePlace))
