@@ -248,9 +248,7 @@ async def test_cancellation_is_never_retried(stage: Stage, seconds: float) -> No
     assert (stage.times, stage.time.now) == ([0.0], seconds)
 
 
-async def test_refused_retry_raises_provider_error_and_holds_no_slot_meanwhile(
-    stage: Stage,
-) -> None:
+async def test_refused_retry_raises_provider_error_and_holds_no_slot(stage: Stage) -> None:
     first = status_error(503)
 
     async def attempt(_: Attempt) -> None:
@@ -272,9 +270,7 @@ async def test_refused_retry_raises_provider_error_and_holds_no_slot_meanwhile(
 
 
 @pytest.mark.parametrize(("attempts", "times"), [(3, [0, 1, 2, 3, 4]), (1, [0])])
-async def test_429_that_another_call_met_first_is_no_attempt(
-    stage: Stage, attempts: int, times: list[float]
-) -> None:
+async def test_429_met_by_others_is_no_attempt(stage: Stage, attempts: int, times: Any) -> None:
     """The other call meets the first two waves first."""
 
     async def attempt(tried: Attempt) -> None:
@@ -371,9 +367,7 @@ def test_retries_print_nothing_where_no_log_is_set_up() -> None:
 @pytest.mark.parametrize(
     ("attempts", "times"), [(1, [0]), (2, [0, 0, 0]), (4, [0, 0, 0, pytest.approx(2)])]
 )
-async def test_call_may_try_each_member_at_once(
-    stage: Stage, attempts: int, times: list[float]
-) -> None:
+async def test_call_may_try_each_member_at_once(stage: Stage, attempts: int, times: Any) -> None:
     """When all are out, the policy says when to go on."""
     members = [Limiter(name=f"m{number}", clock=stage.time.clock) for number in range(3)]
     pool, asked = Pool(*members), list[str]()

@@ -164,9 +164,7 @@ async def test_result_that_cannot_be_pickled_ends_the_run_and_loses_no_other(pat
     await again.aclose()
 
 
-async def test_result_of_lost_class_is_an_error(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_result_of_lost_class_is_error(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def ask(_: int) -> object:
         return Reply("7", (7, 1))
 
@@ -210,9 +208,7 @@ class Asked(BaseModel):
     ],
     ids=repr,
 )
-async def test_equal_items_share_results(
-    path: Path, item: Any, other: Any, *, is_same: bool
-) -> None:
+async def test_equal_items_are_one(path: Path, item: Any, other: Any, *, is_same: bool) -> None:
     await run(path, Calls(), [item])
     (found,) = await run(path, Calls(), [other])
     assert found.restored is is_same

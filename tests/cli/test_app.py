@@ -44,9 +44,7 @@ main()
     assert result.stderr.count("\n") == 1
 
 
-def test_sigterm_ends_a_command_in_the_background_of_a_script(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_sigterm_ends_a_command_in_background_of_a_script(monkeypatch: pytest.MonkeyPatch) -> None:
     """A script's shell makes it ignore Ctrl-C, but not SIGTERM."""
 
     def ended(**_: object) -> None:
@@ -115,9 +113,7 @@ def test_help_has_an_example_and_fits_80_columns(command: str) -> None:
     ("command", "shown", "number"),
     [("demo", "429s", signal.SIGINT), ("watch", "500 requests", signal.SIGTERM)],
 )
-def test_signal_ends_what_moves_without_traceback_and_restores_cursor(
-    command: str, shown: str, number: int
-) -> None:
+def test_signal_ends_what_moves_and_restores_cursor(command: str, shown: str, number: int) -> None:
     ours, theirs = pty.openpty()
     with Limiter("500 RPM").serve_stats() as server, contextlib.ExitStack() as stack:
         arguments = [server.url] if command == "watch" else []

@@ -108,9 +108,7 @@ def test_every_line_is_answered_once_in_several_runs(provider: RateLimitedProvid
     assert {path.name for path in Path().iterdir()} == {"in.jsonl", out, f"{out}.limits"}
 
 
-def test_lines_that_cannot_be_sent_are_reported_the_rest_is_sent(
-    provider: RateLimitedProvider,
-) -> None:
+def test_lines_that_cannot_be_sent_are_reported_others_sent(provider: RateLimitedProvider) -> None:
     good = Path(batch(2)).read_bytes()
     lines = [b'{"custom_id": ', good + b"\xff", b"", b'{"custom_id": "x"}', b"Why?"]
     lines += [b'{"messages": [1], "temperature": NaN}', rb'"\ud800"']  # no JSON can hold them
@@ -140,9 +138,7 @@ def test_failed_request_is_recorded_and_sent_by_the_next_run(provider: RateLimit
 
 
 @pytest.mark.parametrize("statuses", [[200, 403] * 60, [400] * 60 + [200] * 20])
-def test_refused_lines_do_not_stop_the_others(
-    statuses: list[int], server_answering: Callable[..., str]
-) -> None:
+def test_refused_lines_stop_none(statuses: list[int], server_answering: Callable[..., str]) -> None:
     options = ["-o", "out.jsonl", "--rpm", "60000", "--concurrency", "4"]
     base = server_answering(b"{}", *statuses)
     typed(batch(len(statuses)), *options, "--api-base", base, status=1)
@@ -192,18 +188,14 @@ def test_error_that_every_request_would_get_ends_the_run(
     assert {path.name for path in Path().iterdir()} == {"in.jsonl"}
 
 
-def test_key_that_is_revoked_meanwhile_ends_the_run_at_once(
-    server_answering: Callable[..., str],
-) -> None:
+def test_key_revoked_meanwhile_ends_the_run_at_once(server_answering: Callable[..., str]) -> None:
     options = ["-o", "out.jsonl", "--rpm", "60000", "--concurrency", "2"]
     base = server_answering(b"{}", *[200] * 5, *[401] * 95)
     result = typed(batch(100), *options, "--api-base", base, status=2)
     assert re.search(r": 5 answered, [12] failed, 9\d left\n", result.stderr), result.stderr
 
 
-def test_key_in_a_long_message_is_not_even_shown_in_part(
-    server_answering: Callable[..., str],
-) -> None:
+def test_key_in_a_long_message_is_not_shown_in_part(server_answering: Callable[..., str]) -> None:
     base = server_answering(b"x" * 485 + SECRET.encode(), 400)
     result = typed(batch(1), "-o", "out.jsonl", "--rpm", "60", "--api-base", base, status=1)
     assert SECRET[:3] not in result.output + Path("out.errors.jsonl").read_text()
@@ -266,9 +258,7 @@ def test_dry_run_sends_nothing_but_estimates(provider: RateLimitedProvider) -> N
     assert Path("out.jsonl").read_bytes() == before
 
 
-def test_run_stops_before_its_cap_and_goes_on_with_a_larger_one(
-    provider: RateLimitedProvider,
-) -> None:
+def test_run_stops_before_its_cap_and_goes_on_with_a_larger(provider: RateLimitedProvider) -> None:
     provider.reply_tokens = 16
     Path("prices.toml").write_text("[gpt]\ninput = 1\noutput = 10\n")
     options = [batch(30), "-o", "out.jsonl", "--rpm", "6000", "--prices", "prices.toml"]
@@ -418,9 +408,7 @@ def test_repeatedly_killed_run_answers_each_line_once_without_429(tmp_path: Path
     assert files == {"in.jsonl", "out.jsonl", "out.jsonl.limits"}
 
 
-def test_examples_in_help_run_one_after_another(
-    provider: RateLimitedProvider, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_help_examples_run(provider: RateLimitedProvider, monkeypatch: pytest.MonkeyPatch) -> None:
     base = provider.base_url
     monkeypatch.setenv("OPENAI_BASE_URL", base)
     for path in ("batch.jsonl", "in.jsonl"):
@@ -444,9 +432,7 @@ def pool_of(*base_urls: str, limit: str = 'limits = ["6k RPM burst 100"]') -> st
     return "pool.toml"
 
 
-def test_members_share_a_run_which_goes_on_without_one_that_died(
-    rate_limited_provider: ProviderFactory,
-) -> None:
+def test_members_share_a_run_that_outlives_one(rate_limited_provider: ProviderFactory) -> None:
     providers = [rate_limited_provider(latency=0.01) for _ in range(3)]
     pool = pool_of(*(each.base_url for each in providers))
     providers[0].stop()
@@ -478,9 +464,7 @@ def test_bookings_of_each_member_outlive_the_run(
     asyncio.run(after.aclose())
 
 
-def test_run_ends_if_no_member_takes_its_key_which_is_never_shown(
-    server_answering: Callable[..., str],
-) -> None:
+def test_run_ends_if_no_member_takes_its_hidden_key(server_answering: Callable[..., str]) -> None:
     base = server_answering(error(f"Incorrect API key: {SECRET}", "x"), 401).rpartition("@")[2]
     pool = pool_of(f"http://{base}", f"http://{base}", limit="concurrency = 60")
     result = typed(batch(60), "-o", "out.jsonl", "--pool", pool, status=2)

@@ -161,9 +161,7 @@ def test_answers_in_the_file_are_done_and_nothing_is_beside_it(out: Path) -> Non
     [(None, b'{"id":"batch_req_00'), (None, b'{"i'), (-1, b"")],
     ids=["a kill", "an early kill", "an editor that leaves out the last line's end"],
 )
-def test_whole_answers_in_a_file_are_done_whatever_its_end(
-    out: Path, end: int | None, more: bytes
-) -> None:
+def test_whole_answers_are_done_whatever_the_end(out: Path, end: int | None, more: bytes) -> None:
     whole = answered(out, "a", "b")
     out.write_bytes(whole[:end] + more)
     assert are_done(out, "a", "b", "c") == [True, True, False]

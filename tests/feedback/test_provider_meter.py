@@ -1,5 +1,7 @@
 """How the provider counts is learned from what it accepts, what it refuses, and what it says."""
 
+from typing import Any
+
 import pytest
 
 from asyncbucket import Limit, Limiter, WouldBlock
@@ -145,9 +147,7 @@ def replies(
         ([(80, 4 - n / 20) for n in range(8)], 60 * MILLISECOND, None, 600),
     ],
 )
-def test_replies_prove_how_it_counts(
-    told: list[tuple[int, float]], apart: int, kind: str | None, size: int
-) -> None:
+def test_replies_prove_how_it_counts(told: Any, apart: int, kind: str | None, size: int) -> None:
     requests = meter()
     changed = replies(requests, *told, apart=apart)
     assert requests.kind == kind
@@ -191,7 +191,7 @@ def test_contradicted_proof_is_given_up_and_another_limit_is_followed() -> None:
         (650, 0, None),  # a minute of the clock that began with a debt of ours
     ],
 )
-def test_replies_without_a_time_prove_a_bucket_once_enough_comes_back(
+def test_replies_without_a_time_prove_a_bucket_later(
     size: int, rate: int, kind: str | None
 ) -> None:
     requests, sent = meter(), 0

@@ -13,16 +13,12 @@ CROWD: Final = Load(agents=100, calls=10_000)
 MINUTE: Final = 60_000_000_000
 
 
-def alone(
-    used: float = 0.95, told: int = 600, rpm: int = 600, *, refused: float = 0, **counting: Any
-) -> Any:
-    return pytest.param(counting, rpm, told, refused, used, id=f"{told} {counting}")
+def alone(used: float = 0.95, told: int = 600, *, refused: float = 0, **counting: Any) -> Any:
+    return pytest.param(counting, 600, told, refused, used, id=f"{told} {counting}")
 
 
-def shared(
-    refused: float, used: float, rpm: int = 600, others: float = 0.4, **counting: Any
-) -> Any:
-    counting["others"] = others
+def shared(refused: float, used: float, rpm: int = 600, others: float = 0.4, **how: Any) -> Any:
+    counting = {**how, "others": others}
     return pytest.param(counting, rpm, rpm, refused, used, id=f"{rpm} {counting}")
 
 

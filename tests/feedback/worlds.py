@@ -225,17 +225,13 @@ class Wire:
         """Close nothing."""
 
 
+#: Makes what sends calls to a provider.
+Sender = Callable[[RateLimitedProvider], Send]
 #: What the wall clock shows when virtual time begins.
 _WALL: Final = 1_700_000_000
 
 
-def _run(
-    world: World,
-    load: Load,
-    seed: int,
-    latency: float,
-    sender: Callable[[RateLimitedProvider], Send],
-) -> Outcome:
+def _run(world: World, load: Load, seed: int, latency: float, sender: Sender) -> Outcome:
     cpu = real_time.process_time()
     with (
         virtual_time(start=1_000 + 17.37 * seed) as time,
@@ -261,11 +257,7 @@ def _run(
 
 
 async def _drive(
-    world: World,
-    load: Load,
-    seed: int,
-    provider: RateLimitedProvider,
-    sender: Callable[[RateLimitedProvider], Send],
+    world: World, load: Load, seed: int, provider: RateLimitedProvider, sender: Sender
 ) -> list[int]:
     """Return the status of each call that ended in time; 0 of one that raised."""
     send, ends = sender(provider), list[int]()

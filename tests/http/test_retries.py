@@ -4,7 +4,6 @@ import asyncio
 import functools
 import gzip
 import io as files
-from collections.abc import Callable
 from typing import Any, get_args
 
 import pytest
@@ -118,9 +117,7 @@ async def test_only_a_body_that_can_be_sent_again_is_retried(library: Any) -> No
         assert len({body.partition(b"sound")[1] for body in bodies}) == 1
 
 
-def above(
-    name: str, limiter: Limiter, payer: Limiter, library: Any, server: Server
-) -> Callable[[], Any]:
+def above(name: str, limiter: Limiter, payer: Limiter, library: Any, server: Server) -> Any:
     client: Any = retrying(library, limiter, server)
 
     async def post(_: object = None) -> Any:
@@ -166,9 +163,7 @@ async def test_task_that_outlives_a_retried_attempt_retries_by_itself(library: A
     assert (await task).status_code == 200
 
 
-async def test_sdk_that_retries_too_is_logged_once(
-    library: Any, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_retrying_sdk_is_logged_once(library: Any, caplog: pytest.LogCaptureFixture) -> None:
     server = Server(refused(library, 500))
     limiter = fast()
     async with retrying(library, limiter, server) as client:

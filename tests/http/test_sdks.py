@@ -124,9 +124,7 @@ REFUSALS: dict[type[AsyncBucketError], Callable[[], contextlib.AbstractContextMa
 }
 
 
-def create_of(
-    sdk: str, limiter: Limiter, server: Any, *, retries: int = 1, **hooks: Any
-) -> Callable[..., Any]:
+def create_of(sdk: str, limiter: Limiter, server: Any, *, retries: int = 1, **hooks: Any) -> Any:
     """Return what calls a model by an SDK with its own retries, whose requests come to ``server``."""
     module: Any = openai if sdk.endswith("OpenAI") else anthropic
     library = library_named(family_of(module.DefaultHttpxClient) or "")
@@ -135,8 +133,7 @@ def create_of(
     inner = make(transport=transport, event_hooks=hooks)
     client = getattr(module, sdk)(api_key="k", max_retries=retries, http_client=inner)
     calls = client.messages if module is anthropic else client.chat.completions
-    create: Callable[..., Any] = calls.create
-    return create
+    return calls.create
 
 
 @pytest.mark.parametrize("kind", REFUSALS)

@@ -72,9 +72,7 @@ async def make_call(llm: LLM, name: str) -> None:
 
 
 @pytest.mark.parametrize("make", REMOTE, ids=name_of)
-async def test_each_call_is_one_request_admitted_once_and_settled_by_its_usage(
-    make: Callable[[], LLM], api: FakeAPI
-) -> None:
+async def test_each_call_is_one_request_admitted_once_and_settled(make: Any, api: FakeAPI) -> None:
     limiter = Limiter("100 RPM", "100k TPM", "50k ITPM", "50k OTPM", concurrency=1)
     llm = limiter.wrap(make())
     for calls, name in enumerate(CALLS, start=1):
@@ -118,9 +116,7 @@ async def test_tool_of_predict_and_call_pays_its_own(limiter: Limiter, api: Fake
     [make_openai, lambda: make_openai(model="gpt-4"), make_responses, make_anthropic],
     ids=["json_schema", "function", "OpenAI's own parse", "Anthropic's own parse"],
 )
-async def test_structures_are_paced(
-    limiter: Limiter, make: Callable[[], Any], api: FakeAPI
-) -> None:
+async def test_structures_are_paced(limiter: Limiter, make: Any, api: FakeAPI) -> None:
     llm = limiter.wrap(make())
     given = {"thing": "star", "fn": "f", "model": "m"}
     found = [
@@ -163,9 +159,7 @@ async def test_pacing_adds_no_spans_or_events(
     assert api.requests or make is MockLLM
 
 
-async def test_wait_event_comes_first(
-    virtual_time: VirtualTime, instrumentation: Instrumentation
-) -> None:
+async def test_wait_is_first(virtual_time: VirtualTime, instrumentation: Instrumentation) -> None:
     limiter = Limiter("2/s burst 1", name="mine", clock=virtual_time.clock)
     llm = limiter.wrap(MockLLM(max_tokens=3))
     of_a_tenant = limiter.key("acme").wrap(MockLLM(max_tokens=3))
@@ -210,9 +204,7 @@ def test_refusals_are_told_with_numbers(limiter: Limiter, instrumentation: Instr
         (None, "down"),
     ],
 )
-async def test_invalid_or_failed_estimate_fails_the_call_without_sending_or_retry(
-    limiter: Limiter, given: Any, said: str
-) -> None:
+async def test_bad_estimate_sends_nothing(limiter: Limiter, given: Any, said: str) -> None:
     def estimate(*_: object) -> Estimate:
         if given is None:
             raise ConnectionError("down")  # a model's call would be retried after that
@@ -327,9 +319,7 @@ async def test_batch_is_settled_by_usage_that_sdk_receives(api: FakeAPI) -> None
     [(OnlySync(), 12), (MockEmbedding(embed_dim=2), 12), (Batching(embed_batch_size=2), 6)],
     ids=["inherited", "mock", "own"],
 )
-async def test_batch_that_sends_its_texts_one_by_one_is_charged_for_each(
-    limiter: Limiter, model: Any, admissions: int
-) -> None:
+async def test_batch_sent_singly_pays_each(limiter: Limiter, model: Any, admissions: int) -> None:
     paced = limiter.wrap(model)
     await paced.aget_text_embedding_batch(TEXTS)
     await asyncio.to_thread(paced.get_text_embedding_batch, TEXTS)

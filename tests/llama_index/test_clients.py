@@ -77,9 +77,7 @@ class LazyEmbedding(OpenAIEmbedding):  # type: ignore[misc]  # untyped where it 
         functools.partial(make_openai, reuse_client=False),
     ],
 )
-def test_call_refused_every_time_makes_as_many_requests_as_retry_says(
-    make: Callable[..., Any], api: FakeAPI, virtual_time: VirtualTime
-) -> None:
+def test_refused_call_obeys_retry(make: Any, api: FakeAPI, virtual_time: VirtualTime) -> None:
     api.refuse(429, times=200)
     limiter = Limiter("1000 RPM", clock=virtual_time.clock)
     inner = make(max_retries=3)
@@ -133,9 +131,7 @@ async def test_model_hears_what_the_provider_says_is_left_and_learns_how_it_coun
 
 
 @pytest.mark.parametrize(("learn", "at_once"), [(True, 10), (False, 60)])
-async def test_first_calls_are_careful_while_nothing_is_known(
-    virtual_time: VirtualTime, *, learn: bool, at_once: int
-) -> None:
+async def test_first_calls_are_few(virtual_time: VirtualTime, *, learn: bool, at_once: int) -> None:
     limiter = Limiter("600 RPM", clock=virtual_time.clock)
     provider = RateLimitedProvider(latency=1.0, clock=virtual_time.clock)
     client = httpx.AsyncClient(transport=provider.mock_transport())
@@ -215,9 +211,7 @@ async def test_first_request_needs_no_thread_while_all_threads_wait_for_its_slot
     assert len(done) == 2
 
 
-def test_model_wrapped_twice_has_one_transport_by_loop(
-    limiter: Limiter, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rewrapping_keeps_one_transport(limiter: Limiter, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NO_PROXY")
     monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
     llm = make_used_client()

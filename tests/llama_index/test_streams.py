@@ -252,9 +252,7 @@ async def test_stream_is_settled_by_its_usage_which_is_seen_only_if_the_user_ask
     assert (charged(limiter) == [api.tokens]) == bool(sent)
 
 
-async def test_refused_usage_option_is_sent_only_once(
-    limiter: Limiter, api: FakeAPI, reader: Reader
-) -> None:
+async def test_refused_option_is_sent_once(limiter: Limiter, api: FakeAPI, reader: Reader) -> None:
     llm = limiter.wrap(make_openai())
     api.refuse(400, message="Unrecognized request argument: stream_options")
     for _ in range(2):

@@ -248,9 +248,7 @@ def test_bad_sample_is_refused_by_its_line(tmp_path: Path, line: str, message: s
 LATE = 1e-6
 
 
-def assert_same(
-    planned: Plan, make: Callable[..., Limiter], calls: Iterable[tuple[float, int, float]]
-) -> None:
+def assert_same(planned: Plan, make: Callable[..., Limiter], calls: Iterable[Any]) -> None:
     """Run calls that come at an instant, cost tokens and take seconds; compare with their plan."""
     waits: list[float] = []
     with virtual_time() as time:

@@ -118,9 +118,7 @@ async def test_anthropic_sdk_needs_only_another_base_url() -> None:
             await proxy.until(in_flight=0, admitted=3)
 
 
-async def test_stalled_caller_gives_its_slot_back(
-    upstream: Upstream, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_stalled_call_frees_slot(upstream: Upstream, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("asyncbucket.cli.proxy.app._STALLED", 0.3)
     async with proxied(upstream.url, concurrency=1) as proxy:
         reader, writer = await proxy.connect()

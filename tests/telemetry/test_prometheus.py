@@ -8,9 +8,7 @@ from asyncbucket import Limiter, agent, telemetry
 from tests.telemetry.conftest import scrape
 
 
-def test_agents_are_counted_and_timed_by_kind(
-    limiter: Limiter, registry: CollectorRegistry
-) -> None:
+def test_agents_counted_and_timed_by_kind(limiter: Limiter, registry: CollectorRegistry) -> None:
     telemetry.prometheus(limiter, registry=registry)
     with agent("a name", kind="chat"):
         limiter.acquire_nowait().release()
@@ -50,9 +48,7 @@ def test_dollars_are_counted_when_calls_end(registry: CollectorRegistry) -> None
     assert seen["limit_used_ratio", "usd/86400s", "openai"] == 0.0625 / 25
 
 
-def test_counters_include_limiters_below(
-    limiter: Limiter, registry: CollectorRegistry, admit: Any
-) -> None:
+def test_counters_include_below(limiter: Limiter, registry: CollectorRegistry, admit: Any) -> None:
     chat = limiter.child("chat")
     telemetry.prometheus(chat, registry=registry)
     for each in (limiter, chat, *[chat.child("fast")] * 2):

@@ -66,9 +66,7 @@ async def test_counters_match_what_the_provider_saw(registry: CollectorRegistry)
     assert seen["in_flight_requests", "openai"] == seen["queued_requests", "openai"] == 0
 
 
-async def test_every_outcome_is_counted(
-    virtual_time: VirtualTime, registry: CollectorRegistry
-) -> None:
+async def test_each_outcome_counts(virtual_time: VirtualTime, registry: CollectorRegistry) -> None:
     limiter = Limiter("100 TPM", concurrency=1, max_queue=2, clock=virtual_time.clock, name="mine")
     telemetry.prometheus(limiter, registry=registry)
     lease = await limiter.acquire(tokens=10)
@@ -106,9 +104,7 @@ async def test_every_outcome_is_counted(
     assert seen["tokens_total", "refunded", "mine"] == 6 + 1
 
 
-async def test_wait_span_is_in_its_callers_trace(
-    virtual_time: VirtualTime, otel: Telemetry
-) -> None:
+async def test_wait_span_is_in_callers_trace(virtual_time: VirtualTime, otel: Telemetry) -> None:
     limiter = Limiter(concurrency=1, name="openai", clock=virtual_time.clock)
     otel.watch(limiter)
 
@@ -144,9 +140,7 @@ def watched_in_every_way(limiter: Limiter, otel: Telemetry) -> Callable[[], list
     ]
 
 
-async def test_telemetry_reveals_no_secret(
-    caplog: pytest.LogCaptureFixture, otel: Telemetry
-) -> None:
+async def test_telemetry_shows_no_secret(caplog: pytest.LogCaptureFixture, otel: Telemetry) -> None:
     """No key, prompt, password or tenant in an event, a log, a label, a span or an error.
 
     This uses the machine's clock, with refusals, errors and a caller that gives up.
@@ -211,9 +205,7 @@ def test_calls_of_a_child_do_not_count_twice_beside_its_pool(registry: Collector
     assert scrape(registry)["requests_total", "key-1/chat", "ok"] == 1
 
 
-async def test_pool_is_shown_by_members(
-    virtual_time: VirtualTime, registry: CollectorRegistry
-) -> None:
+async def test_pool_shows_members(virtual_time: VirtualTime, registry: CollectorRegistry) -> None:
     a, b = (Limiter(f"{n} RPM", name=f"key-{n}", clock=virtual_time.clock) for n in (100, 300))
     pool = Pool(a, b, name="key-300-and-100")
     off = telemetry.prometheus(pool, registry=registry)

@@ -114,9 +114,7 @@ async def test_slot_comes_back_when_client_disconnects(
     assert provider.statistics().disconnected == 1
 
 
-def test_reply_reports_the_limits_and_429_says_when_to_retry(
-    rate_limited_provider: ProviderFactory,
-) -> None:
+def test_reply_reports_limits_and_429_when_to_retry(rate_limited_provider: ProviderFactory) -> None:
     provider = rate_limited_provider(rpm=1, tpm=6_000, policy="sliding_window")
     reply, refused = call(provider), call(provider)
     provider.rpm, provider.tpm = None, 49
@@ -136,9 +134,7 @@ def test_reply_reports_the_limits_and_429_says_when_to_retry(
     assert {arrival.tokens for arrival in provider.arrivals} == {50}
 
 
-def test_429_and_headers_of_messages_are_those_of_anthropic(
-    rate_limited_provider: ProviderFactory,
-) -> None:
+def test_429_and_headers_of_messages_are_anthropics(rate_limited_provider: ProviderFactory) -> None:
     provider = rate_limited_provider(rpm=1, policy="sliding_window")
     reply, refused = call(provider, "/v1/messages"), call(provider, "/v1/messages")
     error = refused.json()
@@ -153,9 +149,7 @@ def test_429_and_headers_of_messages_are_those_of_anthropic(
     assert call(provider, "/v1/messages").json()["error"]["type"] == "overloaded_error"
 
 
-def test_wrong_value_set_while_it_runs_is_refused_there(
-    rate_limited_provider: ProviderFactory,
-) -> None:
+def test_wrong_value_set_while_it_runs_is_refused(rate_limited_provider: ProviderFactory) -> None:
     provider: Any = rate_limited_provider()
     wrong = {"latency": -1, "rpm": 0, "latencies": 2.0, "policy": "fixed_window"}
     for name, value in wrong.items():
@@ -165,9 +159,7 @@ def test_wrong_value_set_while_it_runs_is_refused_there(
     assert call(provider).status_code == 200
 
 
-def test_scripted_failure_has_the_given_status_code_and_wait(
-    rate_limited_provider: ProviderFactory,
-) -> None:
+def test_scripted_failure_has_given_status_and_wait(rate_limited_provider: ProviderFactory) -> None:
     provider = rate_limited_provider(concurrency=1)
     provider.fail_next(status=503, retry_after=1.5)
     provider.fail_next(status=429, code="insufficient_quota")
@@ -253,9 +245,7 @@ def test_command_prints_url_at_start_and_statistics_at_end(number: signal.Signal
     assert process.returncode == 0
 
 
-def test_command_explains_each_option(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_command_explains_each_option(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setattr(sys, "argv", ["provider", "--help"])
     with pytest.raises(SystemExit, match="0"):
         main()
@@ -266,9 +256,7 @@ def test_command_explains_each_option(
     assert set(re.findall(r"--([a-z-]+) [A-Z]+ [A-Z]", told)) == options
 
 
-def test_command_that_cannot_start_ends_with_a_one_line_error(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_command_that_cannot_start_ends_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(signal, "signal", {}.get)
     with RateLimitedProvider() as first:
         taken = f"--port={urlsplit(first.url).port}"

@@ -43,9 +43,7 @@ async def test_on_the_machines_clock():
     [["-o", "asyncio_mode=auto"], ["-o", "asyncio_mode=strict"], ["-p", "no:asyncio"]],
     ids=["auto", "strict", "anyio"],
 )
-def test_async_test_that_asks_for_virtual_time_runs_on_it(
-    pytester: pytest.Pytester, options: list[str]
-) -> None:
+def test_async_test_runs_on_virtual_time(pytester: pytest.Pytester, options: list[str]) -> None:
     is_anyio = "no:asyncio" in options
     source = ASYNC_TESTS.format(plugin="anyio" if is_anyio else "asyncio")
     if "asyncio_mode=strict" in options:

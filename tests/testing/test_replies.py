@@ -165,9 +165,7 @@ async def test_embeddings_are_unit_vectors_that_depend_on_the_text(client: Async
     assert (made.usage.total_tokens, short.usage.total_tokens) == (3, 4)
 
 
-async def test_responses_give_text_calls_and_usage_whole_or_in_a_stream(
-    client: AsyncOpenAI,
-) -> None:
+async def test_responses_give_text_calls_and_usage_whole_or_streamed(client: AsyncOpenAI) -> None:
     """OpenAI's own helper puts text and arguments together from the events."""
     tool: Any = {"type": "function", "strict": False, **FUNCTION}
     async with client.responses.stream(model="m", input="Hello") as stream:
