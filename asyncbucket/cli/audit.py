@@ -4,10 +4,9 @@ import runpy
 import shutil
 import sys
 import traceback
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -48,7 +47,7 @@ def audit(
                 sys.exit(UNPACED)
 
 
-def _program(command: list[str]) -> Callable[..., object]:
+def _program(command: list[str]) -> partial[Any]:
     """Return what runs ``command`` in this process, as ``python`` would.
 
     Raises:
