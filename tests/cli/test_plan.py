@@ -52,9 +52,8 @@ def test_samples_limits_and_prices_are_read_from_files_and_options(tmp_path: Pat
     told = json.loads(typed(f"plan {files} {limits} --json"))
     assert (told["calls"], told["tokens"], told["duration"]) == (2, 5 + 16, 2.5)
     assert told["usd"] > 0
-    assert [limit["limit"] for limit in told["limits"]] == [
-        *("9 requests per 86,400 s", "7,000 tokens per 86,400 s")
-    ]
+    limits_read = [limit["limit"] for limit in told["limits"]]
+    assert limits_read == ["9 requests per 86,400 s", "7,000 tokens per 86,400 s"]
 
 
 @pytest.mark.parametrize(

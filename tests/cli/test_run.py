@@ -207,10 +207,8 @@ def test_unreachable_server_ends_the_run_with_the_remedy() -> None:
         base = f"http://127.0.0.1:{nobody.getsockname()[1]}/v1"
         arguments = ["-o", "out.jsonl", "--rpm", "60000", "--attempts", "1", "--api-base", base]
         result = typed(batch(60), *arguments, status=2)
-    assert (
-        f"succeeds: All connection attempts failed ({base}); check that it is running"
-        in result.stderr
-    )
+    said = f"succeeds: All connection attempts failed ({base}); check that it is running"
+    assert said in result.stderr
     assert {path.name for path in Path().iterdir()} == {"in.jsonl"}
 
 

@@ -63,16 +63,12 @@ def anthropic(*told: str, **limits: int) -> World:
     return World(provider=provider, told=told, host="api.anthropic.com")
 
 
-GROQ: Final = World(
-    provider={"profile": "groq", "tpm": 60_000}, told=("60k TPM",), host="api.groq.com"
-)
-OPENROUTER: Final = World(
-    provider={"profile": "openrouter", "accidents": 0.05}, host="openrouter.ai"
-)
+GROQ = World(provider={"profile": "groq", "tpm": 60_000}, told=("60k TPM",), host="api.groq.com")
+OPENROUTER = World(provider={"profile": "openrouter", "accidents": 0.05}, host="openrouter.ai")
 SECOND_SLICES: Final = Counting(by="log", slices=60, hidden=True)
 SIXTY: Final = Counting(size=60)
 HALVED: Final = {20.0: {"rpm": 300}}
-FOUR_HUNDRED: Final = Load(agents=400)
+CROWD: Final = Load(agents=400)
 IN_TIME: Final = Load(agents=800, every=0.05)
 
 ROWS: Final[dict[str, Row]] = {
@@ -106,18 +102,10 @@ ROWS: Final[dict[str, Row]] = {
         anthropic("600 RPM", "200k ITPM", "40k OTPM", rpm=600, itpm=200_000, otpm=40_000), MIXED
     ),
     "Groq, mixed": Row(GROQ, replace(MIXED, agents=60, tokens=(100, 5_000))),
-    "shown slices of 10 in a second": Row(
-        requests(log(slices=60)), FOUR_HUNDRED, refused=20, over=1.3
-    ),
-    "shown slices of 100 in ten seconds": Row(
-        requests(log(slices=6)), FOUR_HUNDRED, refused=20, over=1.4
-    ),
-    "shown slices of tokens, ten seconds": Row(
-        tokens(200_000, log(slices=6)), MIXED, refused=20, over=1.3
-    ),
-    "hidden slices of 10 in a second": Row(
-        requests(SECOND_SLICES), FOUR_HUNDRED, refused=20, over=1.3
-    ),
+    "shown slices of 10 in a second": Row(requests(log(slices=60)), CROWD, refused=20, over=1.3),
+    "shown slices of 100 in ten seconds": Row(requests(log(slices=6)), CROWD, refused=20, over=1.4),
+    "shown slices of tokens": Row(tokens(200_000, log(slices=6)), MIXED, refused=20, over=1.3),
+    "hidden slices of 10 in a second": Row(requests(SECOND_SLICES), CROWD, refused=20, over=1.3),
     "hidden slices of 10 in a second, 3,000": Row(
         requests(SECOND_SLICES), Load(agents=3_000), refused=30, over=1.3, later=(60.0, 10)
     ),
@@ -129,9 +117,7 @@ ROWS: Final[dict[str, Row]] = {
     ),
     "halved, headers": Row(replace(requests(), changes=HALVED), IN_TIME, refused=40, over=1.3),
     "accidents at OpenRouter": Row(OPENROUTER, replace(AT_ONCE, slots=20), refused=60, over=1.5),
-    "accidents, headers show room": Row(
-        requests(accidents=0.05), FOUR_HUNDRED, refused=40, over=11.0
-    ),
+    "accidents, headers show room": Row(requests(accidents=0.05), CROWD, refused=40, over=11.0),
     # What is sent before the first refusal is refused, too: 300 and 190.
     "told nothing, no headers": Row(
         World(provider={"rpm": 300, "profile": NO_HEADERS}), Load(agents=600), refused=320, over=1.2

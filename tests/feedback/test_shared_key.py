@@ -47,9 +47,8 @@ def test_key_is_well_used_and_hardly_a_call_is_refused(
     counting: dict[str, Any], rpm: int, told: int, refused: float, used: float
 ) -> None:
     provider = {"rpm": rpm, "policy": Counting(**counting)}
-    load = replace(
-        CROWD, seconds=75.0 if rpm == 6_000 else 180.0 if "others" in counting else 120.0
-    )
+    seconds = 75.0 if rpm == 6_000 else 180.0 if "others" in counting else 120.0
+    load = replace(CROWD, seconds=seconds)
     seen = play(World(provider=provider, told=(f"{told} RPM",)), load)
     arrivals = seen.provider.arrivals
     began = arrivals[0].time_ns

@@ -276,9 +276,7 @@ async def _drive(
             setattr(provider, name, value)
 
     changes = [asyncio.create_task(change(*each)) for each in world.changes.items()]
-    agents = [
-        asyncio.create_task(agent(number, sizes)) for number, sizes in enumerate(load.prompts(seed))
-    ]
+    agents = [asyncio.create_task(agent(n, sizes)) for n, sizes in enumerate(load.prompts(seed))]
     await asyncio.wait(agents, timeout=load.seconds)
     for task in (*changes, *agents):
         task.cancel()

@@ -14,6 +14,7 @@ from asyncbucket.providers.profiles import profile_named
 from asyncbucket.testing import VirtualClock
 
 Reply = list[tuple[bytes, bytes]]
+BOTH = ["500 RPM burst 500", "10k TPM burst 10k"]
 
 
 def said(*claims: str, **more: str) -> Reply:
@@ -35,12 +36,7 @@ def available(*limiters: Limiter) -> list[int]:
 @pytest.mark.parametrize(
     ("limits", "profile", "reply", "left"),
     [
-        (
-            ["500 RPM burst 500", "10k TPM burst 10k"],
-            OPENAI,
-            said("requests 40/500", "tokens 900"),
-            [40, 900],
-        ),
+        (BOTH, OPENAI, said("requests 40/500", "tokens 900"), [40, 900]),
         (["5 RPM burst 5"], OPENAI, said("requests 9000/999999999999999"), [5]),
         # Of the organization's count and the project's, the lower binds.
         (["10k TPM burst 10k"], OPENAI, said("tokens 5000", "project-tokens 300"), [300]),

@@ -55,9 +55,8 @@ async def test_slot_is_held_for_the_body(library: Any, limiter: Limiter, io: IO,
             for _ in range(2):
                 await io.close(reply)
 
-    client = client_over(
-        library, limiter, lambda _: library.Response(200, stream=body), io=io, profile="generic"
-    )
+    streamed = library.Response(200, stream=body)
+    client = client_over(library, limiter, lambda _: streamed, io=io, profile="generic")
     with pytest.raises(library.ReadError, match="gone") if error else contextlib.nullcontext():
         await use()
     gc.collect()
@@ -290,10 +289,8 @@ async def test_foreign_redirect_tells_nothing(library: Any, target: str, *, teac
     """Nor is it expected to tell limits; else only a slice of them would pass until it does."""
     limiter = Limiter("1000 RPM burst 1000", clock=VirtualClock())
     told = {"x_ratelimit_remaining_requests": "5", "retry_after": "7"}
-    server = Server(
-        answering(library, status=302, location=target),
-        answering(library, b"{}", status=429, **told),
-    )
+    redirect = answering(library, status=302, location=target)
+    server = Server(redirect, answering(library, b"{}", status=429, **told))
     async with client_over(library, limiter, server) as client:
         await client.get("https://api.openai.com/v1/files", follow_redirects=True)
     available = limiter.statistics().limits[0].available
@@ -446,9 +443,8 @@ async def test_transport_finds_the_note_of_another_though_one_between_copies_the
     library: Any, limiter: Limiter, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def send(request: Any) -> Any:
-        copied = library.Request(
-            request.method, request.url, extensions=request.extensions, stream=request.stream
-        )
+        rest = {"extensions": request.extensions, "stream": request.stream}
+        copied = library.Request(request.method, request.url, **rest)
         context = contextvars.Context()
         return await asyncio.create_task(inner.handle_async_request(copied), context=context)
 

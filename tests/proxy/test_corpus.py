@@ -19,15 +19,8 @@ CHUNKED: Final = b"transfer-encoding: chunked\r\n"
 BODY: Final = b"2\r\n{}\r\n0\r\n\r\n"
 DOTS: Final = (
     *("/..", "/.", "/v1/./x", "/v1/../x", "/%2e%2e/x", "/%2E./x", "/.%2e", "/%252e%252e/x"),
-    *(
-        "/..;/x",
-        "/..;a=b/x",
-        "/%2e%2e%3b/x",
-        "/\\..\\x",
-        "/x%5c..%5cy",
-        "/x%2f..%2fy",
-        "/%25252525252e/x",
-    ),
+    *("/..;/x", "/..;a=b/x", "/%2e%2e%3b/x", "/\\..\\x", "/x%5c..%5cy", "/x%2f..%2fy"),
+    "/%25252525252e/x",
 )
 
 
@@ -56,7 +49,10 @@ async def test_whatever_decodes_to_a_dot_segment_is_refused(upstream: Upstream) 
         (b"GET http://evil.example/v1 HTTP/1.1\r\n" + CLOSE, 400),
         (b"GET http://user:pass@evil.example/ HTTP/1.1\r\n" + CLOSE, 400),
         (b"CONNECT evil.example:443 HTTP/1.1\r\n" + CLOSE, 400),
-        (b"POST /x HTTP/1.1\r\ncontent-length: 2\r\ncontent-length: 3\r\n" + CLOSE + b"\r\n{", 400),
+        (
+            b"POST /x HTTP/1.1\r\ncontent-length: 2\r\ncontent-length: 3\r\n" + CLOSE + b"\r\n{}",
+            400,
+        ),
         (b"POST /x HTTP/1.1\r\ncontent-length: 2\r\n" + CHUNKED + CLOSE + b"\r\n" + BODY, 400),
         (b"POST /x HTTP/1.1\r\ncontent-length: -2\r\n" + CLOSE, 400),
         (b"POST /x HTTP/1.1\r\ntransfer-encoding: gzip, chunked\r\n" + CLOSE + b"\r\n" + BODY, 400),
