@@ -55,8 +55,9 @@ async def test_slot_is_held_for_the_body(library: Any, limiter: Limiter, io: IO,
             for _ in range(2):
                 await io.close(reply)
 
-    streamed = library.Response(200, stream=body)
-    client = client_over(library, limiter, lambda _: streamed, io=io, profile="generic")
+    client = client_over(
+        library, limiter, lambda _: library.Response(200, stream=body), io=io, profile="generic"
+    )
     with pytest.raises(library.ReadError, match="gone") if error else contextlib.nullcontext():
         await use()
     gc.collect()
