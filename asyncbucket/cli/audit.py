@@ -41,6 +41,11 @@ def audit(
         except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the program's, not ours
             traceback.print_exc()
             sys.exit(INTERRUPTED if isinstance(error, KeyboardInterrupt) else FAILED)
+        except SystemExit as error:
+            if not isinstance(error.code, str):
+                raise
+            typer.echo(error.code, err=True)
+            sys.exit(FAILED)
         finally:
             typer.echo(seen, err=True)
             if seen.unpaced:

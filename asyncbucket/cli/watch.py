@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -12,7 +14,7 @@ import httpx
 import typer
 from rich.console import Console
 
-from asyncbucket.cli import options
+from asyncbucket.cli import INTERRUPTED, options
 from asyncbucket.cli.ui import Bar, Panel, Screen
 from asyncbucket.engine.errors import StoreError
 from asyncbucket.engine.wording import counted, in_seconds, one_line, written
@@ -75,6 +77,7 @@ def watch(
 
 def _control(url: str, token: str, interval: float) -> None:
     """Show what the limiters do until Ctrl-C; change them as the line says that is typed then."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(INTERRUPTED))  # it asks for no change
     while True:
         typer.echo("Press Ctrl-C to change a limiter, twice to leave.", err=True)
         with suppress(KeyboardInterrupt):
