@@ -11,7 +11,7 @@ import contextlib
 import warnings
 from collections.abc import Callable, Collection, Generator, Iterable, Mapping
 from threading import get_ident
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self, TypeAlias, Unpack
+from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias, Unpack
 
 from asyncbucket.engine import report
 from asyncbucket.engine.cost import COMMON, Cost, rounded_up
@@ -52,16 +52,10 @@ _PARTS: Final = 16
 #: Units that a call has booked of one resource, when, and in which meters: first the reservation,
 #: then each debt. Limits that are set later never had it, so they get nothing back of it.
 Parts: TypeAlias = list[tuple[int, int, Meters]]
+#: How long (s) a call stood in line, what for, and where: that line's share paid for it.
+_InLine: TypeAlias = tuple[float, str | None, Line]
 #: What a call has passed that has not been admitted.
 _NOTHING: Final = Route((), ())
-
-
-class _InLine(NamedTuple):
-    """How long (s) a call stood in line, what for, and where: that line's share paid for it."""
-
-    waited: float
-    bound_by: str | None
-    line: Line
 
 
 class Lease(Call, OfThisProcess):
@@ -149,7 +143,7 @@ class Lease(Call, OfThisProcess):
         self._dispatcher, self._node = dispatcher, line.node
         self._when, self._route = now, route
         self._state = HELD
-        self._in_line = _InLine((now - waiter.asked) * 1e-9, bound_by, line)
+        self._in_line = (now - waiter.asked) * 1e-9, bound_by, line
         if self.accounts or line.node.accounts:
             self._pass_locked(line.node, now)
 
@@ -195,7 +189,7 @@ class Lease(Call, OfThisProcess):
         with pacer.lock:
             self._hand_back_locked()
             if self._in_line is not None:
-                self._in_line.line.credit_flows(self._amounts)
+                self._in_line[2].credit_flows(self._amounts)
                 self._in_line = None
             if pacer.observed:
                 self._notify_released_locked("failed", {})
@@ -410,12 +404,12 @@ class Lease(Call, OfThisProcess):
     @property
     def waited(self) -> float:
         """Seconds between asking and admission."""
-        return 0.0 if self._in_line is None else self._in_line.waited
+        return 0.0 if self._in_line is None else self._in_line[0]
 
     @property
     def bound_by(self) -> str | None:
         """What it waited for: ``"requests"``, ``"tokens"``, ``"concurrency"``, ``"paused"``...; None if it did not wait."""
-        return None if self._in_line is None else self._in_line.bound_by
+        return None if self._in_line is None else self._in_line[1]
 
     @property
     def released(self) -> bool:
@@ -472,7 +466,7 @@ class Lease(Call, OfThisProcess):
         if self._in_line is not None or self.accounts:
             after = ledger.amounts()
             if self._in_line is not None:
-                self._in_line.line.credit_flows(before, after)
+                self._in_line[2].credit_flows(before, after)
             for account in self.accounts:
                 account.settled(self, before, after)
         if rings and pacer.waiting:

@@ -642,7 +642,7 @@ class Slots:
         #: The most calls in flight; `NEVER` if there is no bound.
         self.most = most
         #: Which call entered the only slot by ``async with``: its number, and its task's id.
-        self.entered = (0, 0)
+        self.entered: tuple[int, int] = (0, 0)
 
 
 class Route:

@@ -42,6 +42,7 @@ import concurrent.futures
 import heapq
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from operator import attrgetter
 from typing import Any, Final, TypeAlias
 
 from asyncbucket.engine.meters import NEVER, Amounts, Route, admit
@@ -236,6 +237,7 @@ class Line(Flow):
     def __init__(self, node: Node, above: "Branch | None", priority: int) -> None:
         super().__init__(node, above, 1.0)
         self.priority = priority
+        self._standings = tuple(map(attrgetter("standing"), node.chain))
         #: What a call notes that stands in no other line.
         self.only = (self,)
         #: In order of arrival, or in another: see `asyncbucket.engine.interfaces.Order`.
@@ -263,8 +265,8 @@ class Line(Flow):
         if not self.competes:  # also if all who stood here have given up
             self.arrive()
         self.living += 1
-        for each in self.node.chain:
-            each.standing.waiting += 1
+        for each in self._standings:
+            each.waiting += 1
 
     def arrive(self) -> None:
         """Let flows compete that were empty, or asleep, here and above; somebody waits here anew."""
@@ -282,8 +284,8 @@ class Line(Flow):
     def depart(self) -> None:
         """Count out a call that is done, wherever it stands."""
         self.living -= 1
-        for each in self.node.chain:
-            each.standing.waiting -= 1
+        for each in self._standings:
+            each.waiting -= 1
         flow: Flow = self
         while not flow.living and (branch := flow.above) is not None:
             branch.leave(flow)
