@@ -290,7 +290,7 @@ def _jobs(run: Trial, client: httpx.AsyncClient) -> list[Job]:
 def _show(console: Console, runs: Sequence[Trial]) -> None:
     """Print the table, and what went wrong."""
     shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    shown.add_column()
+    shown.add_column(no_wrap=True)
     for run, style in zip(runs, ("red", "green"), strict=True):
         shown.add_column(run.name, justify="right", style=style)
     columns = [run.figures() for run in runs]

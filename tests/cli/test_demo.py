@@ -65,4 +65,4 @@ def test_demo_has_429s_only_without_asyncbucket() -> None:
     assert calm["agents finished"] == f"{scenario.agents} of {scenario.agents}"
     calls = f"{2 * scenario.agents + scenario.batches}"
     assert calm["calls"] == calm["HTTP requests, retries included"] == calls
-    assert calm["mean wait"].endswith(" s for requests")
+    assert " s for requests" in calm["mean wait"]  # and for tokens, on a busy machine
