@@ -14,7 +14,7 @@ import pytest
 from asyncbucket import AcquireTimeout, Limit, Limiter, StoreError
 from asyncbucket.engine.events import Event, StoreLost, StoreRecovered
 from asyncbucket.stores import Batch, LimitConfig, open_store
-from asyncbucket.stores.store import Correction, in_time
+from asyncbucket.stores.store import Correction
 from asyncbucket.testing import assert_never_over
 from tests.conftest import python
 from tests.stores.conformance.place import peek, peek_at, terms
@@ -271,12 +271,3 @@ async def test_loop_that_was_blocked_does_not_take_the_store_for_gone(
         time.sleep(0.6)  # noqa: ASYNC251 - three times the store's patience
         await call
     assert lost.empty()
-
-
-async def test_time_in_which_the_loop_was_blocked_does_not_count_against_the_store() -> None:
-    call = asyncio.create_task(in_time(asyncio.sleep(0.65, "answer"), 0.2, "silence"))
-    await asyncio.sleep(0.01)
-    time.sleep(0.6)  # noqa: ASYNC251
-    assert await call == "answer"
-    with pytest.raises(StoreError, match=r"^silence .waited 0\.2 s"):
-        await in_time(asyncio.sleep(2), 0.2, "silence")

@@ -76,5 +76,5 @@ async def test_memory_of_a_server_is_bounded(
         clock(START + booked * 2_000 * MICROSECOND)
         await ledger.commit(Batch(calls=({"requests": 1, "tokens": 1},)))
     assert redis.hstrlen("asyncbucket:{oracle}:state", "state") < 9_300  # 18 bytes each
-    assert redis.hlen("asyncbucket:{oracle}:state") < 800
+    assert redis.hlen("asyncbucket:{oracle}:state") < 40
     await ledger.aclose()
