@@ -406,6 +406,13 @@ def test_repeatedly_killed_run_answers_each_line_once_without_429(tmp_path: Path
     assert files == {"in.jsonl", "out.jsonl", "out.jsonl.limits"}
 
 
+def test_damaged_record_of_limits_ends_the_run(provider: RateLimitedProvider) -> None:
+    Path("out.jsonl.limits").write_text("weights, and many of them " * 100)
+    result = run(provider, batch(2), "-o", "out.jsonl", "--rpm", "6000", "--quiet", status=2)
+    assert "out.jsonl.limits: SQLite failed (file is not a database)" in result.stderr
+    assert Path("out.jsonl.limits").read_text().startswith("weights")
+
+
 def test_help_examples_run(provider: RateLimitedProvider, monkeypatch: pytest.MonkeyPatch) -> None:
     base = provider.base_url
     monkeypatch.setenv("OPENAI_BASE_URL", base)
