@@ -60,16 +60,14 @@ def service(limiter: Limiter, client: AsyncOpenAI) -> FastAPI:
     """Return the service; all tenants share `limiter`, which is for the provider's key."""
     app = FastAPI()
 
-    async def caller(
-        request: Request, authorization: Annotated[str, Header()]
-    ) -> AsyncIterator[None]:
+    async def caller(authorization: Annotated[str, Header()]) -> AsyncIterator[None]:
         """Charge all that runs for this request to its tenant, agents and their tools included."""
         if authorization not in TENANTS:
             raise HTTPException(401)
         tenant, kind = TENANTS[authorization]
         plan = PLANS[kind]
         # Made at a tenant's first request; of tenants long idle, only what they used is remembered.
-        request.state.tenant = limiter.key(tenant, rpm=plan.rpm, weight=plan.weight, max_queue=20)
+        limiter.key(tenant, rpm=plan.rpm, weight=plan.weight, max_queue=20)
         with (
             asyncbucket.tenant(tenant),
             asyncbucket.priority(plan.priority),
@@ -89,14 +87,12 @@ def service(limiter: Limiter, client: AsyncOpenAI) -> FastAPI:
                 lease.settle(tokens=reply.usage.total_tokens)
         return {"answer": reply.choices[0].message.content}
 
-    async def refuse(request: Request, error: Exception) -> JSONResponse:
+    async def refuse(_: Request, error: Exception) -> JSONResponse:
         """Say whose limit refused the call, and when to come back."""
         assert isinstance(error, AcquireTimeout | QueueFull | WouldBlock)
-        own = request.state.tenant.statistics()
-        theirs = own.waiting >= 20 or any(use.available < 1 for use in own.limits)
         return JSONResponse(
             {"error": str(error)},
-            status_code=429 if theirs else 503,
+            status_code=503 if error.limiter == limiter.name else 429,
             headers={"Retry-After": str(max(1, math.ceil(error.retry_after or 1)))},
         )
 

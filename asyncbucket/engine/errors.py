@@ -38,10 +38,15 @@ class CostExceedsLimit(AsyncBucketError, ValueError):  # noqa: N818 - a name of 
 
 
 class _NotNow(AsyncBucketError):  # noqa: N818 - its heirs bear names of the public interface
-    """Carry what a caller needs to try again: what binds, and the seconds until then."""
+    """Carry what a caller needs to try again: what binds, where, and the seconds until then."""
 
     def __init__(
-        self, message: str, *, retry_after: float | None = None, bound_by: str | None = None
+        self,
+        message: str,
+        *,
+        retry_after: float | None = None,
+        bound_by: str | None = None,
+        limiter: str | None = None,
     ) -> None:
         super().__init__(message)
         #: Seconds until such a call could pass; None if that depends on a slot being released or on
@@ -49,6 +54,9 @@ class _NotNow(AsyncBucketError):  # noqa: N818 - its heirs bear names of the pub
         self.retry_after = retry_after
         #: What binds: ``"requests"``, ``"tokens"``, ``"concurrency"``, ``"paused"``...
         self.bound_by = bound_by
+        #: The name of the limiter whose limit binds, or whose line is full: of the shared one if others
+        #: came first. None of a `TokenBucket`.
+        self.limiter = limiter
 
 
 class WouldBlock(_NotNow):

@@ -19,7 +19,7 @@ from asyncbucket.engine.errors import (
     WouldBlock,
 )
 from asyncbucket.engine.events import Refused
-from asyncbucket.engine.meters import NEVER, Amounts
+from asyncbucket.engine.meters import NEVER, Amounts, admit
 from asyncbucket.engine.node import LONG, Node
 from asyncbucket.engine.statistics import CacheUse, LimitUse, Statistics, Waits
 from asyncbucket.engine.wording import counted, in_seconds, with_verb
@@ -46,7 +46,9 @@ def too_many_wait_locked(level: Node, node: Node, amounts: Amounts, priority: in
     ahead = counted(level.standing.waiting, "calls")
     how = f"cannot pass behind {ahead} waiting already" if level.standing.waiting else _AT_ONCE
     remedy = f"try again later or raise max_queue={level.standing.max_queue:,}"
-    return _refusal_locked(QueueFull, node, amounts, priority, how, remedy)
+    error = _refusal_locked(QueueFull, node, amounts, priority, how, remedy)
+    error.limiter = level.name
+    return error
 
 
 def refuse(node: Node, amounts: Amounts, priority: int) -> None:
@@ -129,7 +131,15 @@ def _refusal_locked(
         f"a call of {what} {how}: {why}; {remedy}",
         retry_after=None if due >= NEVER else (due - now) * 1e-9,
         bound_by=bound_by,
+        limiter=_binder(node, amounts, now).name,
     )
+
+
+def _binder(node: Node, amounts: Amounts, now: int) -> Node:
+    """Return who holds up such a call for longest; the root if nobody does."""
+    dues = [(admit(each.own, amounts, now, now, book=False)[0], each) for each in node.path]
+    due, binder = max(dues, key=lambda each: each[0])
+    return binder if due > now else node.path[-1]
 
 
 def ways_of(node: Node, amounts: Amounts) -> list[Node]:

@@ -67,6 +67,12 @@ class LimitUse:
     belief: Belief | None = None
 
     @property
+    def by_bucket(self) -> str:
+        """In words and brackets, if the provider has proven to count by a bucket: only that binds."""
+        proven = self.belief is not None and self.belief.kind == "bucket"
+        return f" (by a bucket of {self.belief.size:,})" if self.belief and proven else ""
+
+    @property
     def rate(self) -> int:
         """Units that pass in a window in the long run: the limit, or less if the provider takes less."""
         units = self.limit.units
@@ -212,7 +218,7 @@ class Statistics:
             f"in shadow: {self.shadow}" if self.shadow else "",
         ]
         used = [
-            f"{written(use.used, use.limit.resource)} of {use.limit} used"
+            f"{written(use.used, use.limit.resource)} of {use.limit} used{use.by_bucket}"
             for use in (() if self.members else self.limits)
         ]
         members = "".join(f"\n  {each}" for each in self.members)

@@ -65,13 +65,19 @@ def nothing_is_left(*limiters: Limiter) -> None:
 
 @contextlib.contextmanager
 def refused(
-    kind: type[Refusal], says: str = " ", *, retry_after: object = ANY, bound_by: object = ANY
+    kind: type[Refusal],
+    says: str = " ",
+    *,
+    retry_after: object = ANY,
+    bound_by: object = ANY,
+    limiter: object = ANY,
 ) -> Generator[None]:
     """Expect an error with this in its message, and with these attributes."""
     with pytest.raises(kind, match=re.escape(says)) as error:
         yield
     assert error.value.retry_after == retry_after
     assert error.value.bound_by == bound_by
+    assert error.value.limiter == limiter
 
 
 async def steps(count: int) -> None:

@@ -127,7 +127,7 @@ async def test_call_beyond_max_queue_of_any_level_is_refused(time: VirtualTime) 
         "3 s more; try again later or raise max_queue=2"
     )
     for limiter in (a, below):
-        with refused(QueueFull, says, retry_after=3.0, bound_by="requests"):
+        with refused(QueueFull, says, retry_after=3.0, bound_by="requests", limiter="key/a"):
             await limiter.acquire()
     calls.append(await start(b.acquire()))
     with refused(QueueFull, "behind 3 calls waiting already: "):
@@ -163,8 +163,13 @@ async def test_error_counts_what_others_get_meanwhile(time: VirtualTime) -> None
     key.acquire_nowait()
     calls = await start_all(each.acquire() for each in (a, b, slow) for _ in range(3))
     for limiter, seconds in ((key, 1.0), (a, 1.0 + 3 + 3 + 3), (slow, 1.0 + 3 * 10)):
-        with refused(WouldBlock, retry_after=pytest.approx(seconds), bound_by="requests"):
+        wait = pytest.approx(seconds)
+        with refused(WouldBlock, retry_after=wait, bound_by="requests", limiter="default"):
             limiter.acquire_nowait()
+    own = Limiter("60 RPM", name="shared", clock=time.clock).child("own", rpm=6)
+    own.acquire_nowait()
+    with refused(AcquireTimeout, retry_after=10.0, limiter="shared/own"):
+        await own.acquire(timeout=5)
     for call in calls:
         call.cancel()
 
