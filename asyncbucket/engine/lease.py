@@ -369,8 +369,7 @@ class Lease(Call, OfThisProcess):
             for level in self._route.levels:
                 if level.most == 1:
                     level.entered = level.admitted, id(asyncio.current_task())
-        if self._state == HELD:
-            self._state = ENTERED
+        self._state = ENTERED if self._state == HELD else self._state  # another thread may end it
         return self
 
     async def __aexit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
