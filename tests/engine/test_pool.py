@@ -356,9 +356,11 @@ async def test_sticky_call_keeps_to_its_member_while_that_costs_little(time: Vir
 async def test_sticky_call_does_not_wait_for_a_member_that_is_too_small(time: VirtualTime) -> None:
     small = Limiter("100 TPM", name="small", clock=time.clock)
     large = Limiter("1k TPM", name="large", clock=time.clock)
-    pool = Pool(small, large, prefer="first")
+    other = Limiter("1k TPM", name="other", clock=time.clock)
+    pool = Pool(small, large, other, prefer="first")
     assert await name_of_taker(pool, tokens=10, sticky="talk") == "small"
     large.pause(1)
+    other.pause(2)
     assert await name_of_taker(pool, tokens=500, sticky="talk") == "large"
     assert time.now == 1
 
