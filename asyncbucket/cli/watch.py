@@ -77,7 +77,7 @@ def watch(
 
 def _control(url: str, token: str, interval: float) -> None:
     """Show what the limiters do until Ctrl-C; change them as the line says that is typed then."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(INTERRUPTED))  # it asks for no change
+    signal.signal(signal.SIGTERM, _leave)  # it asks for no change
     while True:
         typer.echo("Press Ctrl-C to change a limiter, twice to leave.", err=True)
         with suppress(KeyboardInterrupt):
@@ -85,6 +85,10 @@ def _control(url: str, token: str, interval: float) -> None:
         headers = {"Authorization": f"Bearer {token}"}
         told = _fetch(url, "POST", content=input(_HOW), headers=headers)
         typer.echo(told.get("error", "Done."), err=True)
+
+
+def _leave(*_: object) -> None:
+    sys.exit(INTERRUPTED)
 
 
 def _readings(read: Reader, interval: float | None) -> Iterator[dict[str, Any]]:
