@@ -211,7 +211,8 @@ def _reason_locked(
             return NEVER, None, "the store that keeps its limits has to be asked"
         bound_by, due = known[0], max(now, known[1])
     if bound_by is None:
-        return pacer.next_dispatch_locked(now) + ahead, None, "others came first"
+        why = f"those ahead need about {in_seconds(ahead * 1e-9)}" if ahead else "others came first"
+        return pacer.next_dispatch_locked(now) + ahead, None, why
     if bound_by == "paused":
         left = in_seconds((due - now) * 1e-9)
         why = f"the limiter is paused for {left} more{node.why_paused()}"

@@ -76,7 +76,7 @@ async def test_would_block_says_what_binds_and_for_how_long(time: VirtualTime) -
             limiter.acquire_nowait()
         waiting = await start(limiter.acquire())
         held.release()
-        with refused(WouldBlock, "cannot pass without waiting: others came first"):
+        with refused(WouldBlock, "cannot pass without waiting: those ahead need about 0.5 s"):
             limiter.acquire_nowait()
         (await waiting).release()
 
