@@ -179,8 +179,11 @@ class Pacer:
     ) -> None:
         """Let ``waiter`` stand in line at all ``nodes``, of several trees."""
         self.join_locked(waiter, nodes[0], now, priority)
-        for node in nodes[1:]:
-            node.pacer.join_too_locked(waiter, node, now)
+        waiter.lines = lines = tuple(line_of(node, priority) for node in nodes)
+        for line in lines[1:]:
+            line.join(waiter, now)
+            if line.living == 1:
+                waiter.dispatcher.ring(now)
 
     def join_too_locked(self, waiter: AnyWaiter, node: Node, now: int) -> None:
         """Let a call that waits stand in line at ``node``, too: it has its place by order of arrival."""
