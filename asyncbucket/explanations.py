@@ -16,7 +16,7 @@ from asyncbucket.engine.limits import Limit
 from asyncbucket.engine.meters import NEVER, Amounts, Route, admit, take
 from asyncbucket.engine.node import Node
 from asyncbucket.engine.queue import AnyWaiter, Line
-from asyncbucket.engine.report import uses_locked, ways_of
+from asyncbucket.engine.report import ways_of
 from asyncbucket.engine.wording import counted, in_seconds, named, rounded, with_verb, written
 
 if TYPE_CHECKING:
@@ -245,11 +245,17 @@ def _rates(node: Node, amounts: Amounts) -> list[Rate]:
         each = (_rates(way, amounts) for way in ways_of(node, amounts))
         return [min(rates, key=lambda rate: rate.calls) for rates in each if rates]
     return [
-        Rate(level.name, use.limit, use.rate / use.limit.per / amounts[use.limit.resource])
+        Rate(level.name, limit, _units(level, limit) / limit.per / amounts[limit.resource])
         for level in node.path
-        for use in uses_locked(level, node.pacer.clock())
-        if amounts.get(use.limit.resource)
+        for limit in (window.limit for window in level.limits.values())
+        if amounts.get(limit.resource)
     ]
+
+
+def _units(level: Node, limit: Limit) -> int:
+    """Return how many units pass in a window in the long run: the limit, or what the provider takes."""
+    beliefs = (meter.belief for meter in level.beside(limit.key))
+    return min([limit.units, *(belief.rate for belief in beliefs if belief)])
 
 
 def _unit(rate: Rate) -> tuple[str, int]:

@@ -335,8 +335,8 @@ def observe_remaining(
                 window.reshape(window.limit, now)
             _tell_belief(node, meter)
         if meter.announced < min(before, window.limit.units):
-            name, ours, theirs = _shown_name(node.name), str(window.limit), f"{meter.announced:,}"
-            pacer.lock.news.append(partial(_log.warning, _LOWER, name, ours, theirs))
+            told = _shown_name(node.name), str(window.limit), f"{meter.announced:,}"
+            pacer.lock.news.append(partial(_log.warning, _LOWER, *told))
         pacer.ring_locked(node, now)
 
 
@@ -386,10 +386,10 @@ def call_refused(lease: Lease, limiter: Limiter, resource: str | None) -> None:
 
 def _tell_belief(node: Node, meter: Any) -> None:
     """Tell observers what is believed now of how the provider counts a limit."""
-    belief, words = meter.belief, "it is not known how the provider counts"
-    if belief is not None:
-        words = belief.words(meter.limit)
     if node.pacer.observed:
+        belief, words = meter.belief, "it is not known how the provider counts"
+        if belief is not None:
+            words = belief.words(meter.limit)
         node.pacer.notify_locked(node, BeliefChanged, limit=str(meter.limit), belief=words)
 
 
@@ -418,9 +418,8 @@ def find_provider_meter(node: Node, window: Window) -> Any:
     """Return what is known of how a provider counts a limit; with the lock held."""
     from asyncbucket.feedback.provider_meter import ProviderMeter
 
-    for meter, _ in node.extra:
-        if meter.key == window.limit.key:
-            return meter
+    for meter in node.beside(window.limit.key):
+        return meter
     found = ProviderMeter.of(window)
     node.extra = (*node.extra, (found, window.limit.resource))
     node.pacer.limits_changed_locked(node)

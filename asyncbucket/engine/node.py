@@ -22,13 +22,13 @@ from asyncbucket.engine.errors import CostExceedsLimit
 from asyncbucket.engine.events import Event, Observers, Outcome
 from asyncbucket.engine.interfaces import Account, Admission, Order, PauseMeter, Place, Sizer
 from asyncbucket.engine.limits import Key, Limit
-from asyncbucket.engine.meters import NEVER, Amounts, Meters, Route, Slots, Window, admit
+from asyncbucket.engine.meters import NEVER, Amounts, Meter, Meters, Route, Slots, Window, admit
 from asyncbucket.engine.wording import counted
 
 #: An empty mapping: most of ten thousand idle limiters need no container of their own.
 EMPTY_MAPPING: Final[Any] = MappingProxyType({})
 #: Windows more than this many times longer than the shortest do not affect who goes next.
-LONG: Final = 100
+_LONG: Final = 100
 
 
 class Standing:
@@ -195,13 +195,20 @@ class Node:
             for resource, each in way.route.seconds.items():
                 rates[resource] = rates.get(resource, 0.0) + 1 / each
         seconds = {resource: 1 / rate for resource, rate in rates.items()}
-        limits = [window.limit for node in self.path for window in node.limits.values()]
-        shortest = min((limit.per for limit in limits), default=0)
-        for limit in limits:
+        for limit in self.short_limits():
             each = limit.per / limit.units
-            if limit.per <= LONG * shortest:
-                seconds[limit.resource] = min(each, seconds.get(limit.resource, each))
+            seconds[limit.resource] = min(each, seconds.get(limit.resource, each))
         return seconds
+
+    def short_limits(self) -> list[Limit]:
+        """Return the limits, here and above, that bind from call to call: none over far longer windows."""
+        limits = [window.limit for node in self.path for window in node.limits.values()]
+        longest = _LONG * min((limit.per for limit in limits), default=0)
+        return [limit for limit in limits if limit.per <= longest]
+
+    def beside(self, key: Key) -> list[Meter]:
+        """Return what learns how the provider counts the limit with that key."""
+        return [meter for meter, _ in self.extra if meter.key == key]
 
     def forget(self) -> None:
         """Work everything out again when next asked, here and below, because meters have changed."""

@@ -284,10 +284,8 @@ class Pacer:
             if line.living:
                 return False
         for each in node.chain[:-1]:
-            if each.standing.waiting and (
-                each.own.meters or each.own.bounded
-            ):  # else the head is as good
-                return False
+            if each.standing.waiting and (each.own.meters or each.own.bounded):
+                return False  # else the head is as good
         while True:
             head, _ = self.top.head(now)
             if head is None:

@@ -115,9 +115,8 @@ class Dispatcher:
         """Put parked calls back in their places."""
         self.is_late = False
         parked, self.parked = self.parked, []
-        for line in dict.fromkeys(
-            line for line, _ in parked if line.living
-        ):  # else all have given up
+        lines = (line for line, _ in parked if line.living)  # else all have given up
+        for line in dict.fromkeys(lines):
             line.refill([*(waiter for each, waiter in parked if each is line), *line.calls])
             line.arrive()
 
@@ -497,9 +496,7 @@ def wake(node: Node) -> None:
     node.pacer.refused = None
     _wake_flows(node.path)
     for each in node.path:
-        if each.ways and (
-            each is node or each.own.meters or each.own.bounded
-        ):  # else nothing binds all
+        if each.ways and (each is node or each.own.meters or each.own.bounded):
             for way in each.ways:
                 way.pacer.refused = None
                 _wake_flows(way.chain)

@@ -20,7 +20,7 @@ from asyncbucket.engine.errors import (
 )
 from asyncbucket.engine.events import Refused
 from asyncbucket.engine.meters import NEVER, Amounts, admit
-from asyncbucket.engine.node import LONG, Node
+from asyncbucket.engine.node import Node
 from asyncbucket.engine.statistics import CacheUse, LimitUse, Statistics, Waits
 from asyncbucket.engine.wording import counted, in_seconds, with_verb
 
@@ -120,8 +120,8 @@ def _refusal_locked(
     if node.ways:
         ways = ways_of(node, amounts)
         node = min(ways, key=lambda way: way.earliest(amounts, now)[0])
-    ahead = _time_ahead_locked(node, priority)
-    due, bound_by, why = _reason_locked(node, amounts, now, ahead, at_once=error_type is WouldBlock)
+    at_once = error_type is WouldBlock
+    due, bound_by, why = _reason_locked(node, amounts, priority, now, at_once=at_once)
     if bound_by == "paused":
         remedy = remedy.removesuffix(" or the limit")  # no limit ends a pause
     limited = node.resources()
@@ -155,12 +155,11 @@ def _time_ahead_locked(node: Node, priority: int) -> int:
     flow: Flow | None = node.standing.lines.get(priority)
     if flow is None or not flow.living:
         return 0
-    limits = [window.limit for each in node.path for window in each.limits.values()]
-    longest = LONG * min((limit.per for limit in limits), default=0)
+    short = node.short_limits()
     calls, ahead, seconds = float(flow.living), _cost_of(flow, flow.living), 0.0
     while flow is not None:
         for limit in (window.limit for window in flow.node.limits.values()):
-            if limit.per <= longest:
+            if limit in short:
                 seconds = max(seconds, ahead[limit.resource] * limit.per / limit.units)
         if (above := flow.above) is not None:
             if above.by_priority:
@@ -190,12 +189,9 @@ def _held_up(node: Node) -> tuple[str, int] | None:
 
 
 def _reason_locked(
-    node: Node, amounts: Amounts, now: int, ahead: int, *, at_once: bool
+    node: Node, amounts: Amounts, priority: int, now: int, *, at_once: bool
 ) -> tuple[int, str | None, str]:
-    """Return when such a call could pass, or `NEVER` if unknown; what binds; and both in words.
-
-    ``ahead`` is how long (ns) those take who go before it.
-    """
+    """Return when such a call could pass, or `NEVER` if unknown; what binds; and both in words."""
     pacer: Pacer = node.pacer
     due, bound_by = node.earliest(amounts, now)
     windows = [window for level in node.path for window in level.limits.values()]
@@ -210,6 +206,7 @@ def _reason_locked(
         if known is None:
             return NEVER, None, "the store that keeps its limits has to be asked"
         bound_by, due = known[0], max(now, known[1])
+    ahead = 0 if due >= NEVER else _time_ahead_locked(node, priority)
     if bound_by is None:
         why = f"those ahead need about {in_seconds(ahead * 1e-9)}" if ahead else "others came first"
         return pacer.next_dispatch_locked(now) + ahead, None, why
@@ -253,13 +250,13 @@ def statistics_locked(node: Node) -> Statistics:
         overridden=pacer.root.tally.counts["overridden"],
         waits={name: Waits(n, ns * 1e-9) for name, (n, ns) in tally.waits.items()},
         refunded=dict(tally.refunded),
-        limits=tuple(uses_locked(node, now)),
+        limits=tuple(_uses(node, now)),
         bound_by=_bound_by(node, now),
         cache=CacheUse(tally.counts["reads"], tally.counts["writes"], tally.counts["saved_tokens"]),
     )
 
 
-def uses_locked(node: Node, now: int) -> Iterator[LimitUse]:
+def _uses(node: Node, now: int) -> Iterator[LimitUse]:
     """Yield how much of each limit is used."""
     wall, place = node.pacer.wall(now), node.place
     if place is not None:
@@ -267,9 +264,9 @@ def uses_locked(node: Node, now: int) -> Iterator[LimitUse]:
             yield replace(use, resets_in=use.limit.resets_in(wall))
         return
     for key, window in node.limits.items():
-        beside = [meter for meter, _ in node.extra if meter.key == key]
+        beside = node.beside(key)
         left = min(meter.available(now) for meter in (window, *beside))
-        belief = next((meter.belief for meter in beside if meter.learns), None)
+        belief = beside[0].belief if beside else None
         yield LimitUse(window.limit, window.used, left, window.limit.resets_in(wall), belief)
 
 

@@ -66,18 +66,6 @@ class LimitUse:
     #: How the provider counts it, if its replies have shown that.
     belief: Belief | None = None
 
-    @property
-    def by_bucket(self) -> str:
-        """In words and brackets, if the provider has proven to count by a bucket: only that binds."""
-        proven = self.belief is not None and self.belief.kind == "bucket"
-        return f" (by a bucket of {self.belief.size:,})" if self.belief and proven else ""
-
-    @property
-    def rate(self) -> int:
-        """Units that pass in a window in the long run: the limit, or less if the provider takes less."""
-        units = self.limit.units
-        return units if self.belief is None else min(units, self.belief.rate)
-
 
 @dataclass(frozen=True, slots=True)
 class CacheUse:
@@ -217,12 +205,16 @@ class Statistics:
             f"waited so far: {waits}" if waits else "",
             f"in shadow: {self.shadow}" if self.shadow else "",
         ]
-        used = [
-            f"{written(use.used, use.limit.resource)} of {use.limit} used{use.by_bucket}"
-            for use in (() if self.members else self.limits)
-        ]
+        used = map(_in_words, () if self.members else self.limits)
         members = "".join(f"\n  {each}" for each in self.members)
         return f"{self.name}: {'; '.join([', '.join(filter(None, facts)), *used])}{members}"
+
+
+def _in_words(use: LimitUse) -> str:
+    """Say how much is used; with the bucket, if the provider counts by one: only that binds."""
+    belief = use.belief
+    how = f" (by a bucket of {belief.size:,})" if belief and belief.kind == "bucket" else ""
+    return f"{written(use.used, use.limit.resource)} of {use.limit} used{how}"
 
 
 def shares_used(now: Statistics) -> dict[str, float]:

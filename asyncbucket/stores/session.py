@@ -213,10 +213,8 @@ class Session:
                 return False
         try:
             store = self.home.store(place.make_store)
-            config, is_news = (
-                place.config(),
-                not place.health.heard.now or self._outbox.batch.config,
-            )
+            config = place.config()
+            is_news = not place.health.heard.now or self._outbox.batch.config
             # A tenant's limits go with its first calls; what the store has of them counts later.
             news = config if is_news and place.root is not None else None
             self._outbox.batch = replace(self._outbox.batch, config=news)
