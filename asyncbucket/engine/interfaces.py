@@ -149,7 +149,7 @@ class Place(Account):
 
     The pacer decides who goes next, and books what is limited here. Then the call stands at its
     tenant's place until the store has booked it, and then at the root's, until that is booked, too,
-    and its start has come. `room`, `push`, `leave` and `ended` are called with the pacer's lock held.
+    and its start has come. `room`, `let_go`, `push`, `leave` and `ended` are called with the pacer's lock held.
     """
 
     def below(self, node: Any) -> "Place":
@@ -167,8 +167,15 @@ class Place(Account):
     def push(self, waiter: Any, below: Meters, now: int) -> None:
         """Take over ``waiter``, booked at ``now`` in the meters ``below`` the root.
 
-        Later, on its own dispatcher, it goes by `Pacer.pass_on_locked` or fails by `Pacer.fail_locked`.
+        Later it goes (`let_go`), or fails by `Pacer.fail_locked`.
         """
+
+    def let_go(self, dispatcher: Any, now: int) -> int:
+        """Let the calls of ``dispatcher``, which dispatches, go whose start has come: by `Pacer.pass_on_locked`.
+
+        Return when it must dispatch again on account of those that stand here.
+        """
+        raise NotImplementedError
 
     def leave(self, waiter: Any) -> Any:
         """Give back what a call took here that goes; return its line if it stood here, else None."""

@@ -392,13 +392,23 @@ class Pacer:
         """Admit the calls of ``dispatcher`` that may go, end those whose time is up, sleep until the next."""
         with self.lock:
             now = self.clock()
+            start = self._let_go(dispatcher, now)
+            dispatcher.ran_at = now
             if dispatcher.is_late or dispatcher.parked:
                 dispatcher.unpark()
-            due = self._dispatch_all(dispatcher, now) if self.waiting else EMPTY
+            due = min(start, self._dispatch_all(dispatcher, now) if self.waiting else EMPTY)
             end, _ = dispatcher.first_deadline()
             if end <= now < due:  # else the head may still pass
                 end = self._end_waits(dispatcher, now)
             dispatcher.sleep(max(now, min(due, end)) if dispatcher.waiting else EMPTY, now)
+
+    def _let_go(self, dispatcher: Dispatcher, now: int) -> int:
+        """Let go what stores have booked and is due; return when the next call of this dispatcher is."""
+        start = EMPTY
+        for tree in self.trees:
+            if tree.place is not None:
+                start = min(start, tree.place.let_go(dispatcher, now))
+        return start
 
     def _dispatch_all(self, dispatcher: Dispatcher, now: int) -> int:
         """Admit all that may go, of all trees; return when this dispatcher must dispatch again."""

@@ -75,8 +75,9 @@ class Dispatcher:
         self.home: Dispatcher = self
         #: Open leases of calls made here, and calls that wait here.
         self.leases = self.waiting = 0
-        #: When it dispatches next.
+        #: When it dispatches next, and when it did last.
         self.wakes_at = EMPTY
+        self.ran_at = 0
         #: Whether it missed its turn; then its calls are parked until it dispatches.
         self.is_late = False
         self.parked: list[tuple[Line, AnyWaiter]] = []

@@ -1,4 +1,4 @@
-"""The event loop that serves the sessions of a process, and how it and the loops of callers reach each other.
+"""The event loop that serves the sessions of a process, and how other threads reach it.
 
 The limiters of a process at one URL share a thread with a loop, and one store. So five hundred
 limiters have one connection for their batches and one on which they are called. A store that was made
@@ -51,9 +51,6 @@ class SessionLoop:
         self.loop = loop
         #: What sessions are asked from other threads.
         self.errands = Errands(loop)
-        #: What other loops are asked, and when each was seen last (ns).
-        self._others: weakref.WeakKeyDictionary[Any, Errands] = weakref.WeakKeyDictionary()
-        self.seen: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         self._key = key
         #: How many sessions there are.
         self._sessions = 0
@@ -87,12 +84,6 @@ class SessionLoop:
             task.add_done_callback(self._tasks.discard)
 
         self.errands.add(begin)
-
-    def ask(self, loop: asyncio.AbstractEventLoop, work: Callable[[], object]) -> None:
-        """Have another ``loop`` do ``work`` soon."""
-        if loop not in self._others:
-            self._others[loop] = Errands(loop)
-        self._others[loop].add(work)
 
     def store(self, make: Callable[[], Store]) -> Store:
         """Return the store of all sessions; on the loop."""

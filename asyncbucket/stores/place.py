@@ -242,6 +242,24 @@ class StorePlace(Place):
             self._open_session(dispatcher.loop)
         return self.has_room(self.clock())
 
+    def let_go(self, dispatcher: Dispatcher, now: int) -> int:
+        self._discard()
+        if self._session is not None:
+            self._session.note_running(dispatcher)
+        next_start = NEVER
+        for waiter, standing in list(self.calls.items()):
+            given = standing.given
+            if waiter.dispatcher is not dispatcher or waiter.done():  # it gave up, and will leave
+                continue
+            if self not in given:
+                next_start = min(next_start, standing.move(now, _WAITING))
+            elif (start := max(each.start for each in given.values())) > now:
+                next_start = min(next_start, start)
+            else:
+                standing.redate(waiter, now)
+                self._admit(waiter, standing, now)
+        return next_start
+
     def push(self, waiter: AnyWaiter, below: Meters, now: int) -> None:
         self._stand(waiter, _Standing(waiter.line, below, now))
 
@@ -512,30 +530,6 @@ class StorePlace(Place):
         if reservation.slot:
             self._release()
 
-    def admit_due(
-        self, here: asyncio.AbstractEventLoop, home: asyncio.AbstractEventLoop, now: int
-    ) -> tuple[int, set[asyncio.AbstractEventLoop]]:
-        """Admit what is due ``here``; return when the next start is, and where else calls are due.
-
-        Those of plain threads are due at ``home``.
-        """
-        self._discard()
-        next_start, elsewhere = NEVER, set[asyncio.AbstractEventLoop]()
-        for waiter, standing in list(self.calls.items()):
-            loop, given = waiter.dispatcher.loop or home, standing.given
-            if waiter.done():  # it gave up, and will leave
-                continue
-            if self not in given:
-                next_start = min(next_start, standing.move(now, _WAITING))
-            elif (start := max(each.start for each in given.values())) > now:
-                next_start = min(next_start, start)
-            elif loop is not here:
-                elsewhere.add(loop)
-            else:
-                standing.redate(waiter, now)
-                self._admit(waiter, standing, now)
-        return next_start, elsewhere
-
     def _admit(self, waiter: AnyWaiter, standing: _Standing, now: int) -> None:
         """Let a booked call go, because its start has come, unless it gives up in this moment."""
         if any(place.is_stale(each, now) for place, each in standing.given.items()):
@@ -570,7 +564,6 @@ class StorePlace(Place):
         for place, each in given:
             if each.slot:
                 place._slots.add(id(waiter.lease))
-        waiter.dispatcher.ring(now)  # a thread has to dispatch
 
     def is_stale(self, reservation: Reservation, now: int) -> bool:
         """Tell whether the store may have forgotten a booking, or, of a tenant, not have heard where it was moved."""
@@ -602,8 +595,13 @@ class StorePlace(Place):
                 self.ring_dispatchers()
 
     def ring_dispatchers(self) -> None:
-        """Have those dispatch whose calls wait: there may be room; with the lock held."""
+        """Have those dispatch whose calls wait: some may be booked, and there may be room; with the lock held."""
         self._pacer.ring_locked(self._node)
+
+    def is_late(self, dispatcher: Dispatcher, now: int) -> bool:
+        """Tell whether ``dispatcher`` was rung, and does not come."""
+        is_late: bool = self._pacer.is_late(dispatcher, now)
+        return is_late
 
     def forget(self, session: Session) -> None:
         """Note that a session has ended."""

@@ -105,11 +105,9 @@ class Session:
         #: When a tenant leaves that does nothing.
         self._leave_at = NEVER
         self._bell = asyncio.Event()
-        #: Loops that have been asked to let calls go, and since when they have not come to do so.
-        self._asked: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+        self._is_rung = False
         #: Since when the next batch has waited for loops to show that they run; 0 if it does not.
         self._awaits_since = 0
-        self._timer: asyncio.TimerHandle | None = None
         #: What tries to reach a store that is gone.
         self._probe: asyncio.Task[None] | None = None
         self._is_closing = False
@@ -124,9 +122,14 @@ class Session:
     def wake_for(self, waiter: Any) -> None:
         """Serve ``waiter``, which stands at the store now."""
         self._is_closing = self._is_closing and self._place.has_failed(waiter)
-        if waiter.dispatcher.loop is not None:
-            self.home.seen[waiter.dispatcher.loop] = self._clock()
         self.ring()
+
+    def note_running(self, dispatcher: Any) -> None:
+        """Take in that ``dispatcher`` dispatches; calls are asked for again that were not, while it was late."""
+        if dispatcher.is_late:
+            self.ask_again()
+        elif self._awaits_since or self._is_closing:
+            self.ring()
 
     def ask_again(self) -> None:
         """Ask again: a call has gone, so the next one may be booked sooner, or the line be left."""
@@ -156,9 +159,8 @@ class Session:
 
     def ring(self) -> None:
         """Make the session look, from any thread, with or without the lock."""
-        if asyncio._get_running_loop() is self.home.loop:  # noqa: SLF001 - None in a plain thread
-            self._bell.set()
-        elif not self._bell.is_set():
+        if not self._is_rung:
+            self._is_rung = True
             self.home.errands.add(self._bell.set)
 
     def close(self, told: "concurrent.futures.Future[None]") -> None:
@@ -274,16 +276,15 @@ class Session:
         """Do what is next, or wait for it."""
         if self._probe is not None and self._probe.done():
             self._probe.result()  # if it failed, so has the session
-        health = self._place.health
+        health, now = self._place.health, self._clock()
         with self._place.lock():
             all_heads = self._place.heads()
             heads: Sequence[Any] = [
-                each for each in all_heads if not self._is_blocked(each.dispatcher.loop)
+                each for each in all_heads if not self._place.is_late(each.dispatcher, now)
             ]
             is_urgent = self._outbox.batch.config is not None or self._outbox.batch.pause > 0
             if health.heard.in_line and self.held_up is not None and not is_urgent:
                 self._place.fail_late(heads, self.held_up)
-        now = self._clock()
         if now >= self._forget_at:
             self._note_held_up(None)
         elif not heads and self.held_up is not None and self._forget_at >= NEVER:
@@ -335,7 +336,8 @@ class Session:
                 self._report_at = min(self._report_at, asked_at + STEADY + STEADY // 8)
         if heads:
             self._answer_calls(heads, batch.calls, receipt, asked_at)
-        self._let_go()
+            with self._place.lock():
+                self._place.ring_dispatchers()
 
     def _answer_calls(
         self, heads: Sequence[Any], calls: Sequence[Amounts], receipt: Receipt, asked_at: int
@@ -378,61 +380,21 @@ class Session:
         if held_up != before:
             self._place.let_others_take()
 
-    def _let_go(self) -> None:
-        """Admit the calls of this loop whose start has come.
-
-        The session's own loop also has the other loops do so, and sets the timer for the next call.
-        """
-        here = asyncio.get_running_loop()
-        if here is not self.home.loop:
-            self.home.seen[here] = self._clock()
-            if self._is_blocked(here):  # it was; nothing was asked for it meanwhile
-                self._ask_at = 0
-            self._asked.pop(here, None)
-            self.ring()
-        # Unless nobody has the limiter any more.
-        with contextlib.suppress(ReferenceError), self._place.lock():
-            now = self._clock()
-            next_start, elsewhere = self._place.admit_due(here, self.home.loop, now)
-            if self._place.has_room(now):
-                self._place.ring_dispatchers()
-            if here is self.home.loop:
-                self._set_timer(next_start)
-                for loop in elsewhere:
-                    self._ask_loop(loop, now)
-
-    def _ask_loop(self, loop: Any, now: int) -> int:
-        """Have ``loop`` let calls go that are due, and so show that it runs; return when it was asked."""
-        asked = self._asked.setdefault(loop, now)
-        if asked == now:
-            self.home.ask(loop, self._let_go)
-        return asked
-
     def _await_loops(self, heads: Sequence[Any]) -> int:
-        """Ask the loops of ``heads`` that were not seen of late; return until when to wait for them.
+        """Ring the loops of ``heads`` that have not run of late; return until when to wait for them.
 
         Nothing is booked for a loop that is blocked: it would start too late.
         """
         now = self._clock()
-        since, seen = self._awaits_since or now, self.home.seen
-        loops = {each.dispatcher.loop for each in heads} - {None, self.home.loop}
-        stale = [loop for loop in loops if seen.get(loop, 0) < min(since, now - _FRESH)]
-        self._awaits_since = since if stale else 0
-        return max((self._ask_loop(loop, now) + GRACE + 1 for loop in stale), default=0)
-
-    def _is_blocked(self, loop: Any) -> bool:
-        """Tell whether ``loop`` was asked to let calls go, and does not come."""
-        asked = NEVER if loop is None else self._asked.get(loop, NEVER)
-        now: int = self._clock()
-        return now > asked + GRACE
-
-    def _set_timer(self, next_start: int) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        if next_start < NEVER:
-            nap = max(NAP, (next_start - self._clock()) * 1e-9)
-            self._timer = self.home.loop.call_later(nap, self._let_go)
+        since = self._awaits_since or now
+        with self._place.lock():
+            dispatchers = {each.dispatcher for each in heads}
+            elsewhere = [each for each in dispatchers if each.loop not in {None, self.home.loop}]
+            silent = [each for each in elsewhere if each.ran_at < min(since, now - _FRESH)]
+            for each in silent:
+                each.ring(since)
+        self._awaits_since = since if silent else 0
+        return since + GRACE + 1 if silent else 0
 
     def _admit_alone(self, heads: Sequence[Any]) -> int:
         """Admit calls that the policy allows without the store; return when to try again."""
@@ -447,7 +409,7 @@ class Session:
                     break
                 slot = bool(waiter.amounts.get(SLOT))
                 self._place.reserve(waiter, Reservation(waiter.amounts, 0, now, slot))
-        self._let_go()
+            self._place.ring_dispatchers()
         if not heads:
             return NEVER
         self._note_held_up(HeldUp("", when, {}) if when > now else None)
@@ -460,11 +422,11 @@ class Session:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._bell.wait()
+        self._is_rung = False  # first: another thread may ring at once
         self._bell.clear()
 
     async def _leave(self) -> None:
         """Leave the limiter at the store."""
-        self._set_timer(NEVER)
         probe, self._probe = self._probe, None
         if probe is not None:
             probe.cancel()
