@@ -17,8 +17,9 @@ But while newcomers keep coming, each would start at that same time, and go befo
 served, whose tag is higher. So virtual time also moves by itself. Each call that is served adds its
 work, divided by the weights of all competitors, to a *potential*: the tag that each would have if
 all were served at once. Virtual time follows the potential at a distance: the work of the
-competitors' last calls, divided likewise, because the one just served may be that far ahead. (A
-distance of the largest work ever would stop virtual time for long after a costly call, while
+competitors' last calls, divided likewise, because the one just served may be that far ahead. It
+never passes the tag of the flow just served: the distance shrinks when newcomers add their weights.
+(A distance of the largest work ever would stop virtual time for long after a costly call, while
 newcomers with small calls go before all who wait. Finish tags, as in self-clocked fair queueing,
 would be shorter; but a cheap newcomer would then pass a costly call that is next.)
 
@@ -453,14 +454,14 @@ class Branch(Flow):
         flow.work = work
         if flow.tag > self.clock:
             self.clock = self._potential = flow.tag
-        weights = max(flow.weight, self._weights)  # sums of floats drift
-        self._potential += work / weights
-        clock = self._potential - self._works / weights
-        self.clock = max(self.clock, clock)
         step = work / flow.weight - flow.credit
         flow.credit = -step if step < 0.0 else 0.0
         if step > 0.0:
             flow.tag += step
+        weights = max(flow.weight, self._weights)  # sums of floats drift
+        distance = self._works / weights
+        self._potential = min(self._potential + work / weights, flow.tag + distance)
+        self.clock = max(self.clock, self._potential - distance)
         heapq.heapreplace(self._ready, (flow.tag, flow))
 
     def weigh_priorities(self) -> None:

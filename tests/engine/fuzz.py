@@ -676,8 +676,10 @@ class History:
         free = not any(each.waits for each in self.oracle.calls) and all(
             self.oracle.has_room(level, call, self.now) for level in self.oracle.above(call)
         )
-        if self.members and call.path[-1] == self.root.name:
-            levels = [self.oracle.levels[name] for name in self.oracle.members]
+        if isinstance(self.root, Pool) and call.path[-1] == self.root.name:
+            failed = {state.name for state in self.root.states() if state.reason}
+            names = set(self.oracle.members) - failed
+            levels = [self.oracle.levels[name] for name in names]
             free = free and any(self.oracle.has_room(each, call, self.now) for each in levels)
         unstarted = any(not task.done() for task in self.tasks)
         try:

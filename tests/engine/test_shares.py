@@ -189,6 +189,27 @@ async def test_new_children_starve_no_old_one(time: VirtualTime, key: Limiter, r
     assert most <= 45
 
 
+@pytest.mark.parametrize("weight", [1, 0.1, 0.01])
+async def test_calls_of_light_child_delay_no_newcomer(time: VirtualTime, weight: float) -> None:
+    """One that was alone counts its calls a hundredfold; those who come later share from then on."""
+    key = Limiter("10 RPS burst 1", name="key", clock=time.clock)
+    light, busy, late = key.child("light", weight=weight), key.child("busy"), key.child("late")
+    went: list[str] = []
+
+    async def call(limiter: Limiter) -> None:
+        await limiter.acquire()
+        went.append(limiter.name)
+
+    calls = await start_all(call(light) for _ in range(3))
+    await asyncio.sleep(0.15)
+    calls += await start_all(call(busy) for _ in range(300))
+    await asyncio.sleep(0.2)
+    calls += await start_all(call(late) for _ in range(3))
+    await asyncio.sleep(20)
+    assert went.index(late.name) <= 5
+    cancel(*calls)
+
+
 @pytest.mark.heavy
 @pytest.mark.parametrize("who", ["siblings", "the parent's own", "a priority"])
 async def test_refunds_are_credited_to_limiter_that_reserved(time: VirtualTime, who: str) -> None:
