@@ -48,7 +48,7 @@ from asyncbucket.levels import (
 )
 from asyncbucket.pools import Pool, PoolLease
 from asyncbucket.providers.errors import Verdict, classify
-from asyncbucket.providers.learn import Refusals
+from asyncbucket.providers.learn import Effect, Refusals
 from asyncbucket.providers.prefixes import Prompt
 from asyncbucket.waiting import ASYNC, IO
 
@@ -223,11 +223,11 @@ def answered(lease: Lease) -> None:
         lease.member_works()
 
 
-def end_refused(lease: Lease, verdict: Verdict) -> None:
+def end_refused(lease: Lease, verdict: Verdict, effect: Effect = "none") -> None:
     """End a call's lease as the verdict on its failure says; in a pool, its member may be left out."""
     if verdict.member_failed and isinstance(lease, PoolLease):
         lease.member_failed(verdict.reason)
-    elif verdict.overloaded:
+    elif verdict.overloaded and effect != "accident":
         lease.overloaded()
     else:
         lease.failed()
@@ -241,8 +241,8 @@ def take_refusal(
     *,
     learns: bool = True,
     in_flight: int = 0,
-) -> None:
-    """Pause whoever a refusal concerns, and have the limits learn from it.
+) -> Effect:
+    """Pause whoever a refusal concerns, and have the limits learn from it; return what it is.
 
     Args:
         lease: the call's.
@@ -253,10 +253,11 @@ def take_refusal(
         in_flight: see `Refusals.take_in`.
     """
     effect = Refusals.of(limiter).take_in(verdict, sent_at=sent.at, in_flight=in_flight)
-    if effect != "none" and learns:
+    if effect in ("first", "later") and learns:
         call_refused(lease, limiter, verdict.resource)
     if verdict.pause is not None:
         sent.paused, sent.is_one_of_many = limiter, effect == "later"
+    return effect
 
 
 def end_failed(
@@ -277,8 +278,9 @@ def end_failed(
         undo(lease)
     try:
         verdict = classify(error)
+        effect: Effect = "none"
         if sent is not None and limiter is not None and sent.paused is None:
-            take_refusal(lease, verdict, sent, provider_of(limiter), learns=learns)
-        end_refused(lease, verdict)
+            effect = take_refusal(lease, verdict, sent, provider_of(limiter), learns=learns)
+        end_refused(lease, verdict, effect)
     finally:  # to look at an error may raise another
         lease.release()

@@ -17,6 +17,10 @@ the amount by which less is left than at some earlier moment, beyond our booking
 exact for a log and for minutes of the clock, but no more than what is missing, because a bucket may be
 smaller than its limit. A margin is for chance: the variance of independent calls is their mean.
 
+*Several meters.* Replies may tell of several meters in turn: of models with limits of their own, or of
+the deployments behind a gateway. Then what is left rises by more than can have come back. If it does
+so three times in a window, by a quarter of the limit, nothing says what others take.
+
 If no reply comes for two windows, everything is forgotten. So no header holds a call up for longer.
 The constants were found by simulating buckets, logs and minutes of the clock, with others at 0 to 60 %.
 """
@@ -45,6 +49,9 @@ _LEAST: Final = 20
 _LATE: Final = 100_000_000
 #: Where calls are to come evenly, this fraction (1/10) of a window's worth may pass at once.
 _AT_ONCE: Final = 10
+#: So many times in a window, this fraction (1/4) of the limit more is left than can have come back.
+_JUMPS: Final = 3
+_JUMP: Final = 4
 
 
 class Remaining:
@@ -69,8 +76,10 @@ class Remaining:
         #: What others take; a short observation does not tell how much they take in a day.
         self.others = Others(limit)
         self._has_reserve = with_reserve
-        #: What the latest report said was left, at least.
-        self._reported_left = 0
+        #: What the latest report said was left, at least and at most.
+        self._reported = 0, limit.units
+        #: When more was left than can have come back, the latest few times.
+        self._jumps: list[int] = []
 
     def hear(
         self, left: int, now: int, amount: int, since: int, *, ours: int = 0, rounding: int = 0
@@ -93,6 +102,9 @@ class Remaining:
         booked_since = self.booked_since(since)
         back = -(-self.amount * max(0, now - since) // self.window)
         low, high = left - booked_since, min(left + rounding + back, proven or left + self.amount)
+        flown_in = self.amount * (now - self._last_report) // self.window
+        if low > self._reported[1] + flown_in + self.amount // _JUMP:
+            self._jumps = [*self._jumps[1 - _JUMPS :], now]
         expected = self._expected_level(now)
         if expected is None:
             likely = min(proven - ours, low + back) - amount * _LATE // self.window
@@ -105,7 +117,7 @@ class Remaining:
         if self._most_left * (_NOISE if proven else _SMALL) < amount:
             self._missing = 0
         self._level_at = self._last_report = now
-        self._reported_left = low
+        self._reported = low, high
         if self._has_reserve:
             taken = max(self._ours.available(now), left) - high  # its limit may be above ours
             uncertainty = booked_since + rounding
@@ -182,18 +194,24 @@ class Remaining:
         most = max(level, self._most_left * self.window, needed)
         return min(level + max(0, now - at) * self._growth, most)
 
+    @property
+    def _leaves_to_others(self) -> bool:
+        """Whether others are known to take something; nothing is if replies tell of several meters."""
+        several = len(self._jumps) == _JUMPS and self._last_report < self._jumps[0] + self.window
+        return self.others.estimate > 0 and not several
+
     def _needed_level(self, amount: int) -> int:
         """Return the level at which ``amount`` may pass."""
-        if self._proof.size and self.others.estimate:
+        if self._proof.size and self._leaves_to_others:
             amount += min(2 * (self.others.at_once + amount), self._most_left // 2)
         return amount * self.window
 
     def _reserve(self, amount: int) -> int:
         """Return what is left to others in a window, if calls cost about ``amount``."""
-        if self._proof.size or not self.others.estimate:
+        if self._proof.size or not self._leaves_to_others:
             return 0
         reserve = self.others.reserve(amount)
-        if self._reported_left >= reserve + self.amount:  # there is enough for all
+        if self._reported[0] >= reserve + self.amount:  # there is enough for all
             return 0
         return max(0, min(reserve, self.amount - amount))
 
@@ -255,10 +273,10 @@ class Others:
         return min(when, self._last_booking + self._window // _LEAST)
 
     def book(self, amount: int, when: int, ours: int) -> None:
-        """Take ``amount`` of what is ``ours`` of a window; that reaches no further than a window."""
+        """Take ``amount`` of what is ``ours`` of a window; that delays later ones by a quarter of it at most."""
         self._booked += amount
         until = max(self._even_until, when) + amount * self._window // max(1, ours)
-        self._even_until, self._last_booking = min(until, when + self._window), when
+        self._even_until, self._last_booking = min(until, when + self._window // _SMOOTHING), when
 
     def unbook(self, amount: int, ours: int) -> None:
         """Give back what was booked."""

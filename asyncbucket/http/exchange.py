@@ -116,8 +116,9 @@ class Exchange:
         calls = calls_with_room(self._lease, limiter) if learns else 0
         body = any_json(await _read_ahead(reply, request, io, limiter.now))
         verdict = judge_reply(reply.status_code, body, reply.headers)
-        take_refusal(self._lease, verdict, self._noted, limiter, learns=learns, in_flight=calls)
-        end_refused(self._lease, verdict)
+        noted = self._noted
+        effect = take_refusal(self._lease, verdict, noted, limiter, learns=learns, in_flight=calls)
+        end_refused(self._lease, verdict, effect)
         return verdict
 
     def chunk_received(self, chunk: bytes) -> None:

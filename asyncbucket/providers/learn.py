@@ -67,15 +67,15 @@ _COUNT: Final = re.compile(rb"[ \t]*([0-9]{1,12})[ \t]*")
 _FIRST_PAUSE: Final = 1.0
 _MAX_PAUSE: Final = 120.0
 #: A refusal that names no time counts if a third of the latest replies are refusals, too: of the last
-#: eight, or, if headers show room for the call, of as many as are in flight; or else a sixth of the last
-#: 32: a limit a little lower than ours refuses no more. So many are remembered.
+#: eight, or, if headers show room for the call, of as many as are in flight; or else, where limits learn, a
+#: sixth of the last 32: a limit a little lower than ours refuses no more. So many are remembered.
 _PART: Final = 3
 _LATEST: Final = 8
 _LONG_PART: Final = 6
 _LONG: Final = 32
 _REMEMBERED: Final = 1_024
-#: What a refusal is: of no rate or an accident, the first of a wave, or a later one of it.
-Effect: TypeAlias = Literal["none", "first", "later"]
+#: What a refusal is: of no rate, an accident, the first of a wave, or a later one of it.
+Effect: TypeAlias = Literal["none", "accident", "first", "later"]
 _EXPLANATIONS: Final = {
     "429": (
         "the provider refused a call (429); its limits may be lower than yours, or others use the "
@@ -354,14 +354,14 @@ class Refusals:
         if verdict.pause is None:
             self._warn_of_exhausted_account(verdict)
             return "none"
-        asked = verdict.retry_after
+        asked, learns = verdict.retry_after, is_learning(self.limiter)
         with self._lock:
             self._remember(1)
             is_run = (
                 asked is not None
                 or verdict.pause != "429"
                 or self._are_part(_PART, of=max(_LATEST, in_flight))
-                or (not in_flight and self._are_part(_LONG_PART, of=_LONG))
+                or (not in_flight and learns and self._are_part(_LONG_PART, of=_LONG))
             )
             now = self.limiter.now()
             new_wave = self._is_over(now, sent_at) and is_run
@@ -377,13 +377,14 @@ class Refusals:
             is_news = new_wave and seconds > 0 and now >= self._quiet_until
             if is_news:
                 self._quiet_until = now + _WARNING_INTERVAL
-        gradually = not is_learning(self.limiter)
-        self.limiter.pause(seconds, reason=verdict.pause, gradually=gradually)
+        self.limiter.pause(seconds, reason=verdict.pause, gradually=not learns)
         if is_news and not is_in_shadow(self.limiter):
             name, why = self.limiter.name, _EXPLANATIONS[verdict.pause]
             _log.warning("limiter %r pauses for %s: %s", name, in_seconds(seconds), why)
-        if verdict.pause != "429" or not is_run:
+        if verdict.pause != "429":
             return "none"
+        if not is_run:
+            return "accident"
         return "first" if new_wave else "later"
 
     def _are_part(self, part: int, *, of: int) -> bool:

@@ -117,6 +117,17 @@ def test_two_bursts_of_others_stay_untouched_in_what_is_proven_to_be_a_bucket() 
     assert 490 - passed == 2 * (burst + 1)
 
 
+def test_replies_of_several_meters_in_turn_say_nothing_of_others() -> None:
+    """What is left rises by more than can have come back: two models share this limit."""
+    remaining, delays = told(600), list[float]()
+    for second in range(1, 8):
+        now = second * SECOND
+        remaining.book(1, now)
+        hear(remaining, 20 if second % 2 else 590, now)
+        delays.append((remaining.earliest(1, now) - now) / SECOND)
+    assert (delays[0], delays[4], delays[5:]) == (3, 3, [0, 0])
+
+
 def test_what_never_comes_back_to_a_small_bucket_is_not_taken_for_others() -> None:
     remaining = told(60)
     for second in range(1, 31):

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from asyncbucket import AcquireTimeout, Limiter, WouldBlock
+from asyncbucket.levels import meet_provider
 from asyncbucket.providers import errors
 from asyncbucket.providers.errors import WEEK, judge_reply
 from asyncbucket.providers.learn import Refusals
@@ -124,7 +125,7 @@ async def test_used_up_quota_of_a_day_stops_calls_until_it_resets(
 def test_one_wave_of_refusals_causes_one_pause(limiter: Limiter, clock: VirtualClock) -> None:
     refusals = Refusals.of(limiter)
     effects = [refusals.take_in(judge_reply(429, None, {})) for _ in range(20)]
-    assert effects == ["none", "none", "first", *["later"] * 17]  # two may be accidents
+    assert effects == ["accident", "accident", "first", *["later"] * 17]  # two may be accidents
     assert limiter.statistics().paused == 1
     clock.advance(0.5)
     take_in(refusals)
@@ -138,20 +139,25 @@ def test_accidents_while_headers_show_room_pause_only_if_they_are_many(limiter: 
     refusals, refusal = Refusals.of(limiter), judge_reply(429, None, {})
     in_flight = [12, 11, 10, 9, 8]
     effects = [refusals.take_in(refusal, in_flight=each) for each in in_flight]
-    assert effects == ["none", "none", "none", "first", "later"]
+    assert effects == ["accident"] * 3 + ["first", "later"]
     assert limiter.statistics().paused == 1
 
 
-@pytest.mark.parametrize(("between", "counts"), [(5, 6), (6, None)])
-def test_a_sixth_of_many_replies_that_are_refused_are_no_accidents(
-    limiter: Limiter, between: int, counts: int | None
+@pytest.mark.parametrize(
+    ("between", "learns", "counts"), [(5, True, 6), (6, True, None), (5, False, None)]
+)
+def test_a_sixth_of_many_replies_that_are_refused_are_no_accidents_if_limits_learn(
+    limiter: Limiter, *, between: int, learns: bool, counts: int | None
 ) -> None:
+    """A limit a little lower than ours refuses no more; where no limit can be lowered, it takes a third."""
+    if learns:
+        meet_provider(limiter)
     refusals, effects = Refusals.of(limiter), list[str]()
     for _ in range(8):
         effects.append(refusals.take_in(judge_reply(429, None, {})))
         for _ in range(between):
             refusals.succeeded()
-    assert effects == ["none"] * 8 if counts is None else effects.index("first") == counts - 1
+    assert effects == ["accident"] * 8 if counts is None else effects.index("first") == counts - 1
 
 
 def test_success_between_two_waves_ends_their_series(limiter: Limiter, clock: VirtualClock) -> None:

@@ -226,9 +226,11 @@ def test_closing_body_while_lock_is_held_does_not_deadlock(library: Any, limiter
 
 
 async def test_only_what_fewer_calls_would_have_avoided_costs_slots() -> None:
-    for status, slots in ((429, 3), (500, 4)):
+    named, accident = {"retry_after": "1"}, dict[str, str]()
+    for status, headers, slots in ((429, named, 3), (429, accident, 4), (500, accident, 4)):
         limiter = Limiter(concurrency="auto")
-        async with client_over(httpx, limiter, answering(httpx, status=status)) as client:
+        answer = answering(httpx, status=status, **headers)
+        async with client_over(httpx, limiter, answer) as client:
             await client.post(URL, json=BODY)
         assert (in_flight(limiter), limiter.concurrency) == (0, slots)
 
