@@ -42,6 +42,7 @@ from asyncbucket.levels import (
     call_refused,
     counts_at,
     give_back,
+    is_trying_slots,
     is_under,
     provider_of,
     undo,
@@ -224,10 +225,13 @@ def answered(lease: Lease) -> None:
 
 
 def end_refused(lease: Lease, verdict: Verdict, effect: Effect = "none") -> None:
-    """End a call's lease as the verdict on its failure says; in a pool, its member may be left out."""
+    """End a call's lease as the verdict on its failure says; in a pool, its member may be left out.
+
+    An accident is no overload, unless more slots are being tried: then it is taken for their result.
+    """
     if verdict.member_failed and isinstance(lease, PoolLease):
         lease.member_failed(verdict.reason)
-    elif verdict.overloaded and effect != "accident":
+    elif verdict.overloaded and (effect != "accident" or is_trying_slots(lease)):
         lease.overloaded()
     else:
         lease.failed()

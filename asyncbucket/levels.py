@@ -175,6 +175,11 @@ def can_give_slots_up(limiter: Limiter) -> bool:
     return any(sizer and sizer.size > sizer.least for sizer in sizers)
 
 
+def is_trying_slots(lease: Lease) -> bool:
+    """Tell whether a larger number of slots is being tried at a level of this call."""
+    return any(node.sizer.is_trying for node in lease._node.path if node.sizer)
+
+
 def effective_limiter(limiter: Limiter) -> Limiter:
     """Return the limiter that admits a call here: this one, or the tenant's inside `tenant`."""
     context = inherited.get()

@@ -131,6 +131,9 @@ class Sizer(Protocol):
     size: int
     least: int
     most: int
+    #: Whether it has raised the size, and no call that was admitted since has succeeded: a single
+    #: refusal then tells of it.
+    is_trying: bool
 
     def ended(self, outcome: str, *, started: int, now: int, waited: bool, full: bool) -> None:
         """Take in the end of a call; ``size`` may change.

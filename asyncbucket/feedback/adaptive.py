@@ -21,7 +21,9 @@ and the one after a cut, is run at 0.7 of the size, to get a new anchor, so none
 *By refusals.* A 429, a 503 or a time-out cuts the size to 0.9 of it, or to the size before its last
 raise if that is less; if the next round brings another, to half. Refusals of calls that were
 admitted before a cut count as part of it. The refused size is a ceiling: each round regains half of
-the way to it, and after ten rounds just below it, the ceiling is forgotten.
+the way to it, and after ten rounds just below it, the ceiling is forgotten. A single refusal that
+names no wait may be an accident. It is reported as overload only while a larger size is being tried, and
+not where calls have failed at a size that had been accepted: there, only a run of refusals counts.
 
 Prior art. TCP Vegas (Brakmo and Peterson 1994) compares with the lowest latency ever seen: a trap,
 because a batching server is slower at 32 than at 1 and still much better off there. Netflix's
@@ -83,18 +85,24 @@ class Adaptive:
         self._step, self._last_raise = self.size, 0
         #: A size that was refused, and how many rounds were spent just below it.
         self._ceiling: tuple[int, int] | None = None
-        #: When the last refusal cut the size.
-        self._cut_at = -1
+        #: When the last refusal cut the size, and when it was raised last.
+        self._cut_at = self._raised_at = -1
+        #: See `asyncbucket.engine.interfaces.Sizer`; never again once calls failed at other times.
+        self.is_trying = self._fails = False
 
     def ended(self, outcome: str, *, started: int, now: int, waited: bool, full: bool) -> None:
         """Take in the end of a call: see `asyncbucket.engine.interfaces.Sizer`."""
         if outcome == "overloaded" and started > self._cut_at:
             self._refused(now)
+        self._fails |= outcome == "failed" and started > self._cut_at
         if outcome == "ok":
+            self.is_trying &= started < self._raised_at
             latencies = self._round.add(now - started, self.size, waited=waited, full=full)
             if latencies is not None:
-                busy, self._round = self._round.is_busy, _Round(self.size)
+                before, busy, self._round = self.size, self._round.is_busy, _Round(self.size)
                 self._end_round(latencies, busy=busy)
+                if self.size > before:
+                    self._raised_at, self.is_trying = now, not self._fails
 
     def _refused(self, now: int) -> None:
         """Cut the size, because the server refused a call that was admitted after the latest cut."""
@@ -104,6 +112,7 @@ class Adaptive:
         )
         self._ceiling, self._cut_at = (size, 0), now
         self._step, self._last_raise, self._resume_size = 1, 0, None
+        self.is_trying = False
         self._resize(int(kept))
         self._round = _Round(self.size, after_cut=True)
 

@@ -177,3 +177,28 @@ def test_refusal_while_measuring_at_lower_size_cuts_from_usual_size() -> None:
     assert adaptive.size == 14
     refuse(adaptive, started=1, now=2)
     assert adaptive.size == 18
+
+
+def test_larger_size_is_being_tried_until_a_call_admitted_since_succeeds() -> None:
+    adaptive = Adaptive(least=1, most=1_000)
+    assert not adaptive.is_trying
+    feed(adaptive, 14, lambda _: SECOND)
+    assert (adaptive.size, adaptive.is_trying) == (8, True)
+    feed(adaptive, 1, lambda _: SECOND)  # admitted before
+    assert adaptive.is_trying
+    adaptive.ended("ok", started=2 * SECOND, now=3 * SECOND, waited=True, full=True)
+    assert not adaptive.is_trying
+
+
+def test_refused_size_is_not_being_tried() -> None:
+    adaptive = Adaptive(least=1, most=1_000)
+    feed(adaptive, 14, lambda _: SECOND)
+    refuse(adaptive, started=SECOND, now=SECOND)
+    assert (adaptive.size, adaptive.is_trying) == (4, False)
+
+
+def test_single_failures_say_nothing_of_a_size_once_calls_have_failed_at_another() -> None:
+    adaptive = Adaptive(least=1, most=1_000)
+    adaptive.ended("failed", started=0, now=SECOND, waited=True, full=True)
+    feed(adaptive, 14, lambda _: SECOND)
+    assert (adaptive.size, adaptive.is_trying) == (8, False)
