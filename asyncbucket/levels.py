@@ -339,7 +339,7 @@ def observe_remaining(
             else:
                 window.reshape(window.limit, now)
             _tell_belief(node, meter)
-        if meter.announced < min(before, window.limit.units):
+        if meter.announced < min(before, window.units):
             told = _shown_name(node.name), str(window.limit), f"{meter.announced:,}"
             pacer.lock.news.append(partial(_log.warning, _LOWER, *told))
         pacer.ring_locked(node, now)

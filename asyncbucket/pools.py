@@ -58,7 +58,7 @@ class Member(Account):
         use = root.slots.in_flight / root.slots.most
         for window in root.limits.values():
             window.forget(now)
-            use = max(use, window.log.used / window.limit.units)
+            use = max(use, window.log.used / window.units)
         return use
 
     def state(self, now: int) -> MemberState:
@@ -196,10 +196,9 @@ class PoolLease(Lease):
 
     # --- the machine ---
 
-    def _ways(self, *, is_patient: bool) -> Sequence[Node]:
+    def _ways(self, home: Member | None, *, is_patient: bool) -> Sequence[Node]:
         """Return where the call may pass: where its conversation is known, or wherever it fits."""
-        common, home = self._node.common or self._node, self._pool.home_of(self.sticky)
-        able = common.able(self._amounts)
+        able = (self._node.common or self._node).able(self._amounts)
         if home is None:
             return able
         at_home = [way for way in able if way.pacer is home.way.pacer]
@@ -216,21 +215,31 @@ class PoolLease(Lease):
     def _try_now(self, state: int = ASKED) -> bool:
         if self._state != state:
             return super()._try_now(state)  # which refuses
-        common, pool = self._node, self._pool
-        ways = [*self._ways(is_patient=self.patience > 0)]
-        if common.standing.waiting:
-            ways = [way for way in ways if not _has_line(way)]
-        if len(ways) > 1 and pool.prefer == "least_used" and pool.home_of(self.sticky) is None:
-            now = common.pacer.clock()
-            ways.sort(key=lambda way: pool.by_tree[way.pacer].use(now))
+        common, lock = self._node, self._node.pacer.lock
+        lock.acquire()  # `with` would take twice the time
+        try:
+            ways = self._free_ways_locked()
+        finally:
+            lock.release()
         for self._node in ways:
             if super()._try_now(state):
-                self._settle_down()
+                lock.do(self._settle_down_locked)
                 return True
         self._node = common
         return False
 
-    def _settle_down(self) -> None:
+    def _free_ways_locked(self) -> Sequence[Node]:
+        """Return where nobody of the same limiter waits, the preferred first."""
+        pool, home = self._pool, self._pool.home_of(self.sticky)
+        ways = self._ways(home, is_patient=self.patience > 0)
+        if self._node.standing.waiting:
+            ways = [way for way in ways if not _has_line(way)]
+        if len(ways) == 1 or pool.prefer == "first" or home is not None:
+            return ways
+        now = self._node.pacer.clock()
+        return sorted(ways, key=lambda way: pool.by_tree[way.pacer].use(now))
+
+    def _settle_down_locked(self) -> None:
         member = self._pool.by_tree[self._node.pacer]
         if self.sticky is not None:
             self._pool.settle_down(self.sticky, member)
@@ -242,7 +251,7 @@ class PoolLease(Lease):
         if error is not None:
             raise error()
         ways = self._node.able(self._amounts)
-        ways[0].pacer.join_all_locked(waiter, ways, now, self._priority)
+        ways[0].pacer.join_locked(waiter, ways, now, self._priority)
 
     def _declines_locked(self, waiter: AnyWaiter, now: int) -> bool:
         pool, here = self._pool, waiter.line
@@ -250,6 +259,8 @@ class PoolLease(Lease):
         if home is None and pool.prefer == "first":
             return False
         able = [each for each in waiter.lines if each is here or not each.node.pacer.refuses(now)]
+        if home is None and len(able) == 1:
+            return False
         ranked = sorted(able, key=partial(pool.rank, home, now))
         best = next(each for each in ranked if each is here or each.node.pacer.is_next(waiter, now))
         waiter.line = best
@@ -275,12 +286,13 @@ class PoolLease(Lease):
 
     def _seek_locked(self, waiter: AnyWaiter, now: int) -> None:
         if not waiter.done():
-            for way in self._ways(is_patient=now < self._until):
+            home = self._pool.home_of(self.sticky)
+            for way in self._ways(home, is_patient=now < self._until):
                 way.pacer.join_too_locked(waiter, way, now)
 
     def _hold_locked(self, now: int, waiter: AnyWaiter, bound_by: str | None, route: Route) -> None:
         super()._hold_locked(now, waiter, bound_by, route)
-        self._settle_down()
+        self._settle_down_locked()
 
 
 def _has_line(way: Node) -> bool:

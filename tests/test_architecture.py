@@ -84,43 +84,43 @@ async def at_once(*, used: int | None = None) -> AsyncGenerator[None]:
             lease.settle(tokens=used)
 
 
-async def after_a_wait(*, of_child: bool = False) -> AsyncGenerator[None]:
-    """Wait for the only slot; as a child, with a limit of its own, with a priority and a deadline."""
-    limiter = await used_limiter()
-    options: dict[str, Any] = {"priority": 1, "timeout": 30} if of_child else {}
-    waits_at = limiter.child("chat", rpm=100) if of_child else limiter
-    held = waits_at.acquire_nowait(tokens=100)
+async def wait_for_slot(limiter: Limiter, **terms: Any) -> AsyncGenerator[None]:
+    """Wait until another call gives its slot back; in a line where somebody has waited before."""
 
     async def call() -> None:
-        async with waits_at.acquire(tokens=100, **options):
+        async with limiter.acquire(tokens=100, **terms):
             pass
 
-    yield
-    waiting = asyncio.ensure_future(call())
-    for _ in range(3):
-        await asyncio.sleep(0)
-    held.release()
-    await waiting
+    for is_first in (True, False):
+        held = [limiter.acquire_nowait(tokens=100) for _ in range(limiter.concurrency or 1)]
+        if not is_first:
+            yield
+        waiting = asyncio.ensure_future(call())
+        for _ in range(3):
+            await asyncio.sleep(0)
+        held.pop().release()
+        await waiting
+        for lease in held:
+            lease.release()
+
+
+async def at_a_limiter() -> AsyncGenerator[None]:
+    async for _ in wait_for_slot(await used_limiter()):
+        yield
+
+
+async def at_a_child() -> AsyncGenerator[None]:
+    """It has a limit of its own, its call a priority and a deadline."""
+    child = (await used_limiter()).child("chat", rpm=100)
+    async for _ in wait_for_slot(child, priority=1, timeout=30):
+        yield
 
 
 async def at_a_pool() -> AsyncGenerator[None]:
-    """Wait until one of two members has a slot."""
+    """Two members have one slot each."""
     pool = Pool(*(Limiter("500 RPM", "200k TPM", concurrency=1, name=name) for name in "ab"))
-    for _ in range(2):
-        async with pool.acquire(tokens=100):
-            pass
-    held = [pool.acquire_nowait(tokens=100) for _ in pool.members]
-
-    async def call() -> None:
-        async with pool.acquire(tokens=100):
-            pass
-
-    yield
-    waiting = asyncio.ensure_future(call())
-    for _ in range(3):
-        await asyncio.sleep(0)
-    held[0].release()
-    await waiting
+    async for _ in wait_for_slot(pool):
+        yield
 
 
 class Answer(httpx.AsyncBaseTransport, httpx.AsyncByteStream):
@@ -166,9 +166,9 @@ async def through_a_model() -> AsyncGenerator[None]:
     [
         (at_once, 12, 3),
         (partial(at_once, used=80), 28, 5),
-        (after_a_wait, 85, 7),
-        (partial(after_a_wait, of_child=True), 140, 9),
-        (at_a_pool, 260, 10),
+        (at_a_limiter, 75, 7),
+        (at_a_child, 115, 9),
+        (at_a_pool, 160, 9),
         pytest.param(through_http, 130, 15, marks=needs("stamina")),
         pytest.param(through_a_model, 150, 18, marks=needs("llama_index")),
     ],

@@ -317,7 +317,7 @@ class Lease(Call, OfThisProcess):
 
     def _stand_locked(self, waiter: AnyWaiter, now: int) -> None:
         """Have ``waiter`` stand in line."""
-        self._node.pacer.join_locked(waiter, self._node, now, self._priority)
+        self._node.pacer.join_locked(waiter, (self._node,), now, self._priority)
 
     def _reprice(self, amounts: Mapping[str, int]) -> None:
         """Ask for ``amounts`` instead, in its place in line; once admitted, it is settled."""

@@ -437,16 +437,17 @@ class Window(Meter):
 
     def reshape(self, limit: Limit, now: int) -> None:
         """Change the amount, the burst and when it resets; what was booked stays booked."""
-        #: What was used beyond this is a debt that outlasts a reset: see `Node.set_limits`.
-        self.limit, self.amount, self.allowed = limit, limit.units, limit.units
+        self.limit, self.units = limit, limit.units
+        #: What was used beyond `allowed` is a debt that outlasts a reset: see `Node.set_limits`.
+        self.amount = self.allowed = self.units
         self.free = 0
         calendar = limit.calendar
         if calendar != (None if self._period is None else self._period.calendar):
             self._period = None if calendar is None else Period(calendar, self._wall)
             self.log.merge(now)
-        burst = limit.units if limit.burst_units is None else limit.burst_units
+        burst = self.units if limit.burst_units is None else limit.burst_units
         may_owe = calendar is None and self.pace is not None
-        if burst == limit.units and not may_owe:
+        if burst == self.units and not may_owe:
             self.pace = None
         elif self.pace is None:
             self.pace = Bucket(rate=self._rate, burst=burst)

@@ -184,7 +184,7 @@ class Node:
         most: dict[str, int] = {}
         for node in self.path:
             for window in node.limits.values():
-                resource, units = window.limit.resource, window.limit.units
+                resource, units = window.limit.resource, window.units
                 if window.refuses:
                     most[resource] = min(units, most.get(resource, units))
         return most

@@ -141,49 +141,51 @@ class Pacer:
 
     # --- standing in line ---
 
-    def join_locked(self, waiter: AnyWaiter, node: Node, now: int, priority: int = 0) -> None:
-        """Let ``waiter`` stand in line at ``node``; it knows its dispatcher, its amounts and its deadline."""
+    def join_locked(
+        self, waiter: AnyWaiter, nodes: Sequence[Node], now: int, priority: int = 0
+    ) -> None:
+        """Let ``waiter`` stand in line at all ``nodes``, of different trees; usually there is one.
+
+        It knows its dispatcher, its amounts and its deadline.
+        """
         dispatcher, deadline = waiter.dispatcher, waiter.deadline
         if self.check_loop is not None and dispatcher.loop is not None:
             self.check_loop(dispatcher.loop)
         waiter.asked = now
         waiter.number = self.dispatchers.arrivals = self.dispatchers.arrivals + 1
-        line = line_of(node, priority)
-        waiter.lines = line.only
-        line.join(waiter, now)
+        lines: tuple[Line, ...] = ()
+        is_first = False
+        for node in nodes:
+            line = line_of(node, priority)
+            line.join(waiter, now)
+            lines = (*lines, line) if lines else line.only
+            is_first = is_first or line.living == 1
+        waiter.lines = lines
         self.count_in(waiter, 1)
         if deadline is not None:
             dispatcher.watch(waiter, deadline)
         end = EMPTY if deadline is None else deadline
-        if self.waiting == 1 and self._joins_alone(line, waiter, end, now):
+        if self.waiting == 1 and self._joins_alone(waiter, end, now):
             return
-        if line.living == 1 or dispatcher.wakes_at >= EMPTY or end < dispatcher.wakes_at:
+        if is_first or dispatcher.wakes_at >= EMPTY or end < dispatcher.wakes_at:
             dispatcher.ring(now)
 
-    def _joins_alone(self, line: Line, waiter: AnyWaiter, end: int, now: int) -> bool:
+    def _joins_alone(self, waiter: AnyWaiter, end: int, now: int) -> bool:
         """Let a dispatcher sleep whose call waits alone, without a dispatch; return whether that will do."""
-        dispatcher = waiter.dispatcher
+        dispatcher, wakes = waiter.dispatcher, end
         for tree in self.trees:
             tree.stalls.since = now
-        if self.place is not None or len(self.trees) > 1:
-            return False
-        due, bound_by = admit(line.node.route, waiter.amounts, now, now, book=False)
-        self.bound_by = line.bound_by = bound_by
-        if due <= now or (due == NEVER and not dispatcher.leases):  # see `override`
-            return False
-        dispatcher.sleep(min(self.stalls.wait_for_slots(now) if due == NEVER else due, end), now)
+        for line in waiter.lines:
+            tree = line.node.pacer
+            if tree.place is not None:
+                return False
+            due, bound_by = admit(line.node.route, waiter.amounts, now, now, book=False)
+            tree.bound_by = line.bound_by = bound_by
+            if due <= now or (due == NEVER and not dispatcher.leases):  # see `override`
+                return False
+            wakes = min(wakes, tree.stalls.wait_for_slots(now) if due == NEVER else due)
+        dispatcher.sleep(wakes, now)
         return True
-
-    def join_all_locked(
-        self, waiter: AnyWaiter, nodes: Sequence[Node], now: int, priority: int = 0
-    ) -> None:
-        """Let ``waiter`` stand in line at all ``nodes``, of several trees."""
-        self.join_locked(waiter, nodes[0], now, priority)
-        waiter.lines = lines = tuple(line_of(node, priority) for node in nodes)
-        for line in lines[1:]:
-            line.join(waiter, now)
-            if line.living == 1:
-                waiter.dispatcher.ring(now)
 
     def join_too_locked(self, waiter: AnyWaiter, node: Node, now: int) -> None:
         """Let a call that waits stand in line at ``node``, too: it has its place by order of arrival."""

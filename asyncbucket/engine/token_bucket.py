@@ -191,7 +191,7 @@ class TokenBucket(Call, OfThisProcess):
             waiter = Waiter(loop=dispatcher.loop)
             waiter.lease, waiter.dispatcher = self, dispatcher
             waiter.amounts, waiter.deadline = amounts, deadline
-            pacer.join_locked(waiter, self._node, now)
+            pacer.join_locked(waiter, (self._node,), now)
             return waiter
         finally:
             lock.release()

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from asyncbucket import AcquireTimeout, CostExceedsLimit, Lease, Limiter, TokenBucket
+from asyncbucket import AcquireTimeout, CostExceedsLimit, Lease, Limiter, Pool, TokenBucket
 from asyncbucket.engine.dispatchers import ThreadDispatcher
 from asyncbucket.testing import VirtualClock, VirtualTime
 from tests.engine.conftest import nothing_is_left, used
@@ -169,6 +169,22 @@ def test_call_passes_right_after_the_one_before_it_on_another_loop(two_loops: Lo
     turn(here)
     turn(there)
     assert (first.done(), second.done()) == (True, True)
+
+
+def test_pool_compares_its_members_with_the_lock_held() -> None:
+    """Looking how much is used forgets old bookings: two threads that do so at once forget too many."""
+    clock = VirtualClock()
+    pool = Pool(*(Limiter("10 TPM", name=name, clock=clock.__call__) for name in "ab"))
+    pool.acquire_nowait(tokens=4).release()
+    clock.advance(61)
+    thread = threading.Thread(target=pool.acquire_nowait, kwargs={"tokens": 1})
+    with pool._node.pacer.lock:
+        thread.start()
+        sleep(0.05)  # it would have looked by now
+        windows = [window for each in pool.members for window in each._node.limits.values()]
+        assert [window.log.used for window in windows] == [4, 0]
+    thread.join(ENOUGH)
+    assert sorted(window.log.used for window in windows) == [0, 1]
 
 
 @pytest.mark.parametrize("where", ["a blocked thread", "another loop"])
