@@ -14,7 +14,6 @@ import contextvars
 import os
 import threading
 import weakref
-from collections import deque
 from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
@@ -27,12 +26,12 @@ class Errands:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop: asyncio.AbstractEventLoop = weakref.proxy(loop)
-        self._todo: deque[Callable[[], object]] = deque()
+        self._todo: set[Callable[[], object]] = set()
         self._is_woken = False
 
     def add(self, work: Callable[[], object]) -> None:
-        """Have ``work`` done soon, unless the loop is closed; from any thread."""
-        self._todo.append(work)
+        """Have ``work`` done soon, once however often it is asked, unless the loop is closed; from any thread."""
+        self._todo.add(work)
         if not self._is_woken:
             self._is_woken = True
             with contextlib.suppress(RuntimeError, ReferenceError):  # the loop is closed, or gone
@@ -41,7 +40,7 @@ class Errands:
     def _begin(self) -> None:
         self._is_woken = False  # first: another thread may add something at once
         while self._todo:
-            self._loop.call_soon(self._todo.popleft())
+            self._loop.call_soon(self._todo.pop())
 
 
 class SessionLoop:

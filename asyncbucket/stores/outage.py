@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Final
 
 from asyncbucket.engine.errors import StoreError
 from asyncbucket.engine.events import StoreLost, StoreRecovered
+from asyncbucket.engine.limits import Limit
 from asyncbucket.engine.meters import NEVER, Amounts, Bucket
 from asyncbucket.engine.wording import counted, in_seconds
 from asyncbucket.stores.state import State
@@ -82,8 +83,8 @@ class StoreHealth:
         self.is_gone = False
         #: When to try a store again that is gone.
         self.retry_at = NEVER
-        #: Since when it has answered; and since when not.
-        self.known_since = self._lost_at = 0
+        #: Since when not.
+        self._lost_at = 0
         #: What was admitted alone, and when by the store's clock; it is reported to the store afterwards.
         self._admitted: list[tuple[int, Counter[str]]] = []
         #: Until when no call is sent after an outage, as others may still have to report theirs.
@@ -106,13 +107,17 @@ class StoreHealth:
         self.record.configure(config, receipt.now)
         return debts
 
+    def left(self) -> dict[Limit, int]:
+        """Return what the store had left of each limit when last heard."""
+        return dict(zip(self.record.config.limits, self.heard.left, strict=False))
+
     def fail(self, error: StoreError) -> None:
         """Note that the store did not answer: go on alone from now on, and try again later."""
         place, now = self._place, self._clock()
         self.retry_at = now + _RETRY_INTERVAL
         if self.is_gone:
             return
-        self.is_gone, self._lost_at, self.known_since = True, now, NEVER
+        self.is_gone, self._lost_at = True, now
         self.heard = replace(self.heard, in_line=False, crowded=False)
         if (root := place.root) is not None:  # any of its processes may have calls of the tenant
             known = root.health
@@ -136,7 +141,7 @@ class StoreHealth:
         `NEVER` means that it depends on the store, or on a slot being given back.
         """
         slots, policy = self.record.config.concurrency, self._place.on_outage
-        is_short = slots is not None and held + amounts.get(SLOT, 0) > slots // self.heard.workers
+        is_short = slots is not None and held + 1 > slots // self.heard.workers
         if policy == "closed" or (policy == "share" and (is_short or not self._is_steady())):
             return NEVER
         date = max(now + self.offset, self.record.last_start)
@@ -164,7 +169,7 @@ class StoreHealth:
     def _recover(self, now: int) -> list[Correction]:
         """Go on with the store; return what was admitted without it, as debts."""
         place = self._place
-        self.is_gone, self.retry_at, self.known_since = False, NEVER, now
+        self.is_gone, self.retry_at = False, NEVER
         if place.on_outage == "share":
             self.resume_at = now + RECOVERY_TIME
         admitted, self._admitted = self._admitted, []

@@ -221,8 +221,6 @@ class StorePlace(Place):
         self._failure: tuple[Exception, int] = (StoreError(), 0)
         #: By its lease's identity, each call in flight that holds a slot.
         self._slots: set[int] = set()
-        #: The units that are left of each limit, as last heard.
-        self.left: dict[Limit, int] = {}
         self.health = StoreHealth(weakref.proxy(self), LimitConfig())
 
     # --- what the pacer asks: see `asyncbucket.engine.interfaces.Place` ---
@@ -306,8 +304,9 @@ class StorePlace(Place):
         return self._unbooked() if self.holds_up() else []
 
     def use(self) -> Iterator[LimitUse]:
+        left = self.health.left()
         for limit in (window.limit for window in self._node.limits.values()):
-            available = self.left.get(limit, limit.units)
+            available = left.get(limit, limit.units)
             yield LimitUse(limit, used=limit.units - available, available=available)
 
     def options(self) -> dict[str, Any]:
@@ -512,7 +511,7 @@ class StorePlace(Place):
 
         A tenant's goes on to the place above.
         """
-        self.outbox.held += reservation.slot
+        self.outbox.held += 1
         if waiter not in self.calls:
             self.cancel(reservation)
             return
@@ -527,8 +526,7 @@ class StorePlace(Place):
         """Give back a booking, unless others may have got it by now."""
         if self.root is None or not self.is_stale(reservation, self.clock()):
             self.correct(Correction.undo(reservation.amounts, reservation.booked_at))
-        if reservation.slot:
-            self._release()
+        self._release()
 
     def _admit(self, waiter: AnyWaiter, standing: _Standing, now: int) -> None:
         """Let a booked call go, because its start has come, unless it gives up in this moment."""
@@ -561,15 +559,12 @@ class StorePlace(Place):
         for meter, resource, units in booked:
             if debt := waiter.amounts.get(resource, 0) - units:
                 meter.owe(debt, now)
-        for place, each in given:
-            if each.slot:
-                place._slots.add(id(waiter.lease))
+        for place in standing.given:
+            place._slots.add(id(waiter.lease))
 
     def is_stale(self, reservation: Reservation, now: int) -> bool:
-        """Tell whether the store may have forgotten a booking, or, of a tenant, not have heard where it was moved."""
-        start, known_since = reservation.start, self.health.known_since if self._session else 0
-        is_unknown = self.root and reservation.booked_at and start < known_since
-        return bool(is_unknown) or now - start > self.span(reservation) // 4
+        """Tell whether the store may have forgotten a booking."""
+        return now - reservation.start > self.span(reservation) // 4
 
     def span(self, reservation: Reservation) -> int:
         """Return the shortest window in which a booking counts."""

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from asyncbucket.engine.dispatchers import GRACE, NAP
 from asyncbucket.engine.errors import StoreError
 from asyncbucket.engine.meters import NEVER, Amounts
-from asyncbucket.stores.outage import STEADY, StoreHealth
+from asyncbucket.stores.outage import STEADY
 from asyncbucket.stores.store import (
     SLOT,
     Batch,
@@ -51,8 +51,8 @@ _FRESH: Final = 10_000_000
 _AHEAD: Final = 50_000_000
 #: The most ns between signs of life.
 _MAX_BEAT_INTERVAL: Final = 10_000_000_000
-#: For how long (ns) a call that has given up may ask in another thread what it waited for, a pool leaves a
-#: store alone that held its call up, and a tenant that does nothing stays.
+#: For how long (ns) a call that has given up may ask in another thread what it waited for, and a pool leaves a
+#: store alone that held its call up.
 _REMEMBER: Final = 1_000_000_000
 _FAILED: Final = (
     "what asks the store for this call has failed, see the log: ask again, and report this error"
@@ -63,14 +63,13 @@ _log: Final = logging.getLogger("asyncbucket")
 
 @dataclass(frozen=True, slots=True)
 class Reservation:
-    """Say what a call was given."""
+    """Say what a call was given, besides a slot."""
 
     amounts: Amounts
     #: When it was booked, by the store's clock: the ``start`` of a `Correction`; 0 without the store.
     booked_at: int
     #: When it may go, by the worker's clock.
     start: int
-    slot: bool = False
     bound_by: str | None = None
 
 
@@ -102,10 +101,7 @@ class Session:
         #: What holds the first call up, and when that is forgotten.
         self.held_up: HeldUp | None = None
         self._forget_at = NEVER
-        #: When a tenant leaves that does nothing.
-        self._leave_at = NEVER
         self._bell = asyncio.Event()
-        self._is_rung = False
         #: Since when the next batch has waited for loops to show that they run; 0 if it does not.
         self._awaits_since = 0
         #: What tries to reach a store that is gone.
@@ -159,9 +155,7 @@ class Session:
 
     def ring(self) -> None:
         """Make the session look, from any thread, with or without the lock."""
-        if not self._is_rung:
-            self._is_rung = True
-            self.home.errands.add(self._bell.set)
+        self.home.errands.add(self._bell.set)
 
     def close(self, told: "concurrent.futures.Future[None]") -> None:
         """End when no call waits or holds a slot; ``told`` is set once no call waits and the store knows all."""
@@ -228,12 +222,15 @@ class Session:
                 place.fail_all(error)
             return False
         self._ledger.on_turn = self.ask_again
-        place.health = StoreHealth(place, self._ledger.config)
+        place.health.record.configure(self._ledger.config, place.health.record.last_start)
         self._ask_at = self._report_at = 0
         return True
 
     def _is_over(self) -> bool:
-        """Tell whether to leave the store: the limiter is closed, and no call stands here or holds a slot."""
+        """Tell whether to leave the store: the limiter is closed, and no call stands here or holds a slot.
+
+        A tenant leaves whenever it has nothing to do.
+        """
         if self._place.root is not None and self._is_unused():
             return True
         if not self._is_closing:
@@ -252,19 +249,9 @@ class Session:
             return not self._outbox.held
 
     def _is_unused(self) -> bool:
-        """Tell whether a tenant has had nothing to do for a while."""
         with self._place.lock():
-            batch = self._outbox.batch
-            if (
-                self._place.calls
-                or self._outbox.held
-                or self._place.health.is_gone
-                or batch != Batch()
-            ):
-                self._leave_at = NEVER
-            elif self._leave_at >= NEVER:
-                self._leave_at = self._clock() + _REMEMBER
-        return bool(self._clock() >= self._leave_at)
+            is_used = self._place.calls or self._outbox.held or self._place.health.is_gone
+            return not is_used and self._outbox.batch == Batch()
 
     def _answer_closers(self) -> None:
         while self._closers:
@@ -327,7 +314,6 @@ class Session:
         debts = self._place.health.note_answer(receipt, config)
         with self._place.lock():
             self._place.adopt(config)
-            self._place.left = dict(zip(config.limits, receipt.left, strict=False))
             if debts:
                 self._outbox.add(corrections=tuple(debts))
                 self._report_at = 0
@@ -363,7 +349,7 @@ class Session:
                     record.book(amounts, max(record.last_start, booking.start))
                     bound_by = booking.bound_by or (before.resource if before else None)
                     start = max(now, booking.start + offset)
-                    given = Reservation(amounts, booking.start, start, booking.slot, bound_by)
+                    given = Reservation(amounts, booking.start, start, bound_by)
                     self._place.reserve(waiter, given)
                 elif booking.exceeds:
                     self._place.refuse(waiter)
@@ -407,8 +393,7 @@ class Session:
                 )
                 if when > now:
                     break
-                slot = bool(waiter.amounts.get(SLOT))
-                self._place.reserve(waiter, Reservation(waiter.amounts, 0, now, slot))
+                self._place.reserve(waiter, Reservation(waiter.amounts, 0, now))
             self._place.ring_dispatchers()
         if not heads:
             return NEVER
@@ -417,12 +402,10 @@ class Session:
 
     async def _sleep(self, until: int) -> None:
         """Sleep until the bell rings or ``until`` has come."""
-        until = min(until, self._leave_at)
         seconds = None if until >= NEVER else max(NAP, (until - self._clock()) * 1e-9)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._bell.wait()
-        self._is_rung = False  # first: another thread may ring at once
         self._bell.clear()
 
     async def _leave(self) -> None:

@@ -364,7 +364,10 @@ class Ledger(abc.ABC):
         """Apply ``batch``; if ``number`` was applied before, only answer as then."""
 
     async def aclose(self, last: Batch | None = None) -> None:
-        """Say the ``last``, and leave: the worker no longer counts. Slots that it holds expire."""
+        """Say the ``last``, and leave: the worker no longer counts. Slots that it holds expire.
+
+        A worker of a tenant only falls silent, since it comes and goes with each call.
+        """
         if not self._is_open:
             return
         self._is_open = False
@@ -376,7 +379,7 @@ class Ledger(abc.ABC):
                 or last.held not in (None, self._held)
             ):
                 await self.commit(last)
-            if not self._held:
+            if not self._held and not is_tenant(self.name):
                 await in_time(self._leave(), self.patience, self.silence)
         if self._flight is not None:
             self._flight.cancel()
