@@ -229,8 +229,8 @@ def _in_stores(node: Node, amounts: Amounts, now: int) -> tuple[int, str | None,
 def _in_store(
     level: Node, place: "Place", amounts: Amounts, now: int
 ) -> tuple[int, str | None, int]:
-    known, ahead = place.held_up(), place.waiting()
-    if known is not None:
+    known, ahead = place.held_up(), sum(not each.done() for each in place.calls)
+    if known is not None and known[0]:
         return (known[1] if ahead <= 1 else NEVER), known[0], ahead  # known of the first alone
     if level.slots.in_flight >= level.slots.most:
         return NEVER, "concurrency", ahead

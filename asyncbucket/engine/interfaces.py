@@ -155,6 +155,9 @@ class Place(Account):
     and its start has come. `room`, `let_go`, `push`, `leave` and `ended` are called with the pacer's lock held.
     """
 
+    #: The calls that stand here: until the store books them, or until they start.
+    calls: dict[Any, Any]  # pyright: ignore[reportUninitializedInstanceVariable]
+
     def below(self, node: Any) -> "Place":
         """Return what keeps the limits of ``node``, a tenant, in the same store."""
         raise NotImplementedError
@@ -187,23 +190,11 @@ class Place(Account):
     def ended(self, lease: Admission, outcome: Outcome) -> None:
         """Give back the slot of ``lease``, once."""
 
-    def holds(self, waiter: Any) -> bool:
-        """Tell whether a call stands here."""
-        raise NotImplementedError
-
-    def waiting(self) -> int:
-        """Return how many calls stand here: until the store books them, or until they start."""
-        raise NotImplementedError
-
     def held_up(self) -> tuple[str, int] | None:
-        """Return what the first of them waits for, and until when at least, if that is known.
+        """Return what the first of them waits for, or another would, and until when at least, if that is known.
 
-        `NEVER` means that it depends on a slot being given back.
+        "" means that it waits for the store to come back, and `NEVER` that it depends on a slot being given back.
         """
-        raise NotImplementedError
-
-    def holds_up(self) -> bool:
-        """Tell whether the first of them has to wait, or another would have to, as far as is known."""
         raise NotImplementedError
 
     def held_back(self) -> list[Any]:

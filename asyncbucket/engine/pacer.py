@@ -190,7 +190,7 @@ class Pacer:
     def join_too_locked(self, waiter: AnyWaiter, node: Node, now: int) -> None:
         """Let a call that waits stand in line at ``node``, too: it has its place by order of arrival."""
         line = line_of(node, waiter.line.priority)
-        if line in waiter.lines or (self.place is not None and self.place.holds(waiter)):
+        if line in waiter.lines or (self.place is not None and waiter in self.place.calls):
             return
         waiter.lines = (*waiter.lines, line)
         line.join(waiter, now)
@@ -347,7 +347,7 @@ class Pacer:
                 self.leave_line(waiter, line)
 
     def _is_at_store(self, waiter: AnyWaiter) -> bool:
-        return any(tree.place is not None and tree.place.holds(waiter) for tree in self.trees)
+        return any(tree.place is not None and waiter in tree.place.calls for tree in self.trees)
 
     def leave_line(self, waiter: AnyWaiter, line: Line) -> None:
         """Have a call leave one of the lines in which it stands."""
@@ -466,7 +466,7 @@ class Pacer:
             line, is_ours = waiter.line, waiter.dispatcher is dispatcher
             if is_ours and passed >= most:
                 return now
-            if place is not None and line.node.common is not None and place.holds_up():
+            if place is not None and line.node.common is not None and place.held_up():
                 if place.held_back():
                     return NEVER  # it may pass elsewhere before
                 if self._is_at_store(waiter):
@@ -572,7 +572,7 @@ class Pacer:
         self.leave_lines(waiter, line)
         for each in line.node.chain:
             each.standing.waiting += 1  # it stands at the store
-        if place.holds_up():
+        if place.held_up():
             waiter.lease._seek_locked(waiter, now)  # noqa: SLF001 - as above
 
     def pass_on_locked(

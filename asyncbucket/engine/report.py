@@ -185,7 +185,8 @@ def _cost_of(flow: "Flow", calls: float) -> Counter[str]:
 
 def _held_up(node: Node) -> tuple[str, int] | None:
     """Return what a store holds up the first of those calls for, and until when at least."""
-    return next(filter(None, (place.held_up() for place in node.places)), None)
+    known = (place.held_up() for place in node.places)
+    return next((each for each in known if each and each[0]), None)
 
 
 def _reason_locked(

@@ -287,21 +287,12 @@ class StorePlace(Place):
             self._slots.remove(id(lease))
             self._release()
 
-    def holds(self, waiter: AnyWaiter) -> bool:
-        return waiter in self.calls
-
-    def waiting(self) -> int:
-        return sum(not waiter.done() for waiter in self.calls)
-
     def held_up(self) -> tuple[str, int] | None:
         known = None if self._session is None else self._session.held_up
-        return (known.resource, known.until) if known and known.resource else None
-
-    def holds_up(self) -> bool:
-        return self._session is not None and self._session.held_up is not None
+        return None if known is None else (known.resource, known.until)
 
     def held_back(self) -> list[AnyWaiter]:
-        return self._unbooked() if self.holds_up() else []
+        return self._unbooked() if self.held_up() else []
 
     def use(self) -> Iterator[LimitUse]:
         left = self.health.left()
@@ -413,7 +404,7 @@ class StorePlace(Place):
 
         Otherwise limits there would forget those that wait for long, and let too many leave at once.
         """
-        self._coming = {each for each in self._coming if each.calls and not each.holds_up()}
+        self._coming = {each for each in self._coming if each.calls and not each.held_up()}
         coming = sum(len(each.calls) for each in self._coming)
         if coming + sum(self not in each.given for each in self.calls.values()) >= self._room:
             return False

@@ -118,8 +118,7 @@ class Codec:
             if offset < 0:
                 bookings[index] = Booking(0, bound, exceeds=True)
             else:
-                start, slot = now + offset * GRAIN, bool(batch.calls[index].get(SLOT))
-                bookings[index] = Booking(start, bound or None, slot)
+                bookings[index] = Booking(now + offset * GRAIN, bound or None)
         return Receipt(
             now=now,
             bookings=tuple(bookings),

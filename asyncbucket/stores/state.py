@@ -374,7 +374,7 @@ class Turn:
         state.book(amounts, start, bound_by if start > now else None)
         self._work += state.work(amounts)
         me.held += slot
-        return Booking(start, bound_by, slot)
+        return Booking(start, bound_by)
 
     def _wait(self, amounts: Amounts) -> None:
         """Say when to ask again for a first call that could not be booked; those before it have been called."""

@@ -212,8 +212,6 @@ class Booking:
     #: What holds it up (a resource, ``"concurrency"`` for slots, ``"paused"``), or the limit it
     #: exceeds; None if nothing does.
     bound_by: str | None = None
-    #: Whether it holds a slot, limited or not.
-    slot: bool = False
     #: It costs more than a limit and can never pass.
     exceeds: bool = False
 
@@ -330,7 +328,8 @@ class Ledger(abc.ABC):
         async with self._turn:
             receipt: Receipt = await in_time(self._exchange(batch), patience, self.silence)
             self._in_doubt = self._flight = None
-        self._held += sum(booking.slot for booking in receipt.bookings)
+        answers = zip(batch.calls, receipt.bookings, strict=True)
+        self._held += sum(call.get(SLOT, 0) for call, each in answers if each.start)
         return receipt
 
     async def _exchange(self, batch: Batch) -> Receipt:

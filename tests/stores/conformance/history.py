@@ -73,7 +73,7 @@ class History:
         for call, booking in zip(batch.calls, receipt.bookings, strict=True):
             if booking.start > self._changed:
                 self._booked.append((booking.start, call))
-            self.held[ledger.worker] += booking.slot
+            self.held[ledger.worker] += call.get("concurrency", 0) * (booking.start > 0)
 
     def forget_calls(self, now: int) -> None:
         """Correct no earlier calls: a bucket may forgo refunds of calls under earlier limits."""
