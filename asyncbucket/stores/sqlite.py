@@ -41,14 +41,11 @@ from asyncbucket.stores.store import (
     Receipt,
     Snapshot,
     in_time,
-    is_tenant,
     spawn,
 )
 
 __all__ = ["SQLiteLedger", "SQLiteStore", "from_url"]
 
-#: How much longer (s) than for the lock to wait for the thread's report.
-_GRACE: Final = 0.05
 #: How often (s) a worker in line looks whether its turn has come.
 _POLL_INTERVAL: Final = 0.005
 #: The range of sleeps (s) before another attempt at a lock that is held.
@@ -105,8 +102,8 @@ class SQLiteStore:
 
     Args:
         path: the file; it is made if necessary, its folder is not.
-        patience: seconds to wait for the file's write lock, which others hold for well under a
-            millisecond.
+        patience: seconds until the file counts as gone, because of its disk or of its write lock, which
+            others hold for well under a millisecond.
         clock: what the machine's clocks show, for tests.
 
     Raises:
@@ -124,11 +121,9 @@ class SQLiteStore:
             raise ValueError(f"patience must be a positive number of seconds, not {patience!r}")
         self.path = Path(path).absolute()
         self.patience = patience
-        #: How long (s) the work in progress waits for the lock.
-        self._waits = patience
-        self._more_time = f"or allow more with ?patience={max(5, patience * 4):g}"
         self.silence = (
-            f"{self.path}: the disk does not answer: see what keeps it busy, {self._more_time}"
+            f"{self.path}: the file does not answer: find who holds its write lock with `fuser {self.path}`, see "
+            f"what keeps the disk busy, or allow more with ?patience={max(5, patience * 4):g}"
         )
         self._clock = clock or MachineClock()
         #: The file's clock minus the steady clock, as last read.
@@ -188,18 +183,15 @@ class SQLiteStore:
         except StoreError:
             raise
         except sqlite3.Error as error:
-            raise StoreError(f"{self.path}: {self._explained(error)}") from error
+            raise StoreError(self._explained(error)) from error
         except Exception as error:  # of the state, or the interpreter is ending
             raise StoreError(f"{self.path}: {type(error).__name__}: {error}") from error
 
     def _explained(self, error: sqlite3.Error) -> str:
         if _code_of(error) == sqlite3.SQLITE_BUSY:
-            return (
-                f"another process has held the write lock for over {self._waits:g} s; find it with "
-                f"`fuser {self.path}`, {self._more_time}"
-            )
+            return self.silence
         return (
-            f"SQLite failed ({error}), and nothing was booked: see that the folder {self.path.parent} "
+            f"{self.path}: SQLite failed ({error}), and nothing was booked: see that the folder {self.path.parent} "
             f"exists and this user may write there, and that the disk has space; if the file is no such "
             f"database or is damaged, move it away, and a new one is made"
         )
@@ -207,14 +199,8 @@ class SQLiteStore:
     # --- on its thread ---
 
     @contextlib.contextmanager
-    def changing(
-        self, name: str, config: LimitConfig, *, joins: bool = False
-    ) -> Generator[tuple[State, int]]:
-        """Change the state of a limiter in one step, or a new one with these limits; yield it, and now.
-
-        A worker that ``joins`` has more time: its calls have nowhere else to go.
-        """
-        self._waits = max(self.patience, OPEN_PATIENCE - 2 * _GRACE) if joins else self.patience
+    def changing(self, name: str, config: LimitConfig) -> Generator[tuple[State, int]]:
+        """Change the state of a limiter in one step, or a new one with these limits; yield it, and now."""
         with self.transaction() as connection:
             now = self._now(connection)
             state = self.read(connection, name)
@@ -331,13 +317,13 @@ class SQLiteStore:
         connection.execute("PRAGMA synchronous = NORMAL")
 
     def _retry_while_busy(self, attempt: Callable[[], Any]) -> Any:
-        """Try until nobody else holds the lock, as long as the patience lasts.
+        """Try until nobody else holds the lock, long beyond the patience: see `Ledger`.
 
         SQLite can wait by itself, but sleeps longer and longer, up to 0.1 s. If many processes are
         busy, those that have just come are then always faster. What a sleep takes longer than it should
         does not count: the machine is busy, and so is whoever holds the lock.
         """
-        left = self._waits
+        left = max(self.patience, OPEN_PATIENCE)
         while True:
             try:
                 return attempt()
@@ -357,11 +343,9 @@ class SQLiteLedger(Ledger):
 
     def __init__(self, store: SQLiteStore, name: str, worker: str | None, *, life: int) -> None:
         super().__init__(store, name, worker, store.silence)
-        self.patience = store.patience + _GRACE
+        self.patience = store.patience
         self._store = store
         self._life = life
-        #: Whether it has more time, because the worker is still unknown to the limiter.
-        self._joins = not is_tenant(name)
         #: The file's changes when it was last looked at, and when it was this worker's turn.
         self._seen: object = None
         self._due = 0
@@ -377,10 +361,8 @@ class SQLiteLedger(Ledger):
         return receipt
 
     def _apply(self, batch: Batch) -> tuple[Receipt, LimitConfig]:
-        joins = self._joins
-        with self._store.changing(self.name, self.config, joins=joins) as (state, now):
+        with self._store.changing(self.name, self.config) as (state, now):
             receipt = state.apply(self.worker, batch, now, life=self._life)
-        self._joins = False
         return receipt, state.config
 
     async def _watch(self) -> None:

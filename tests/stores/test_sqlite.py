@@ -103,12 +103,12 @@ async def test_held_lock_raises_store_error_within_patience(path: Path) -> None:
             holder.execute("BEGIN IMMEDIATE")
             with pytest.raises(StoreError) as error:
                 await ledger.commit(ONE)
-        assert str(error.value) == (
-            f"{path}: another process has held the write lock for over 0.2 s; find it with "
-            f"`fuser {path}`, or allow more with ?patience=5"
+        assert str(error.value).startswith(
+            f"{path}: the file does not answer: find who holds its write lock with `fuser {path}`, see "
+            f"what keeps the disk busy, or allow more with ?patience=5 (waited 0.2"
         )
-        assert await used(ledger) == 0
         assert outcomes(await ledger.commit(ONE)) == ["booked"]
+        assert await used(ledger) == 1, "what was booked late did not come back"
 
 
 async def test_worker_that_joins_waits_as_long_for_a_lock_as_for_a_server(path: Path) -> None:
@@ -299,7 +299,7 @@ async def test_unresponsive_disk_raises_store_error_and_charges_nothing(
         ledger._slowest = 0  # on a busy machine it would be given more time
         with monkeypatch.context() as patched:
             patched.setattr(State, "apply", hanging)
-            with pytest.raises(StoreError, match=r"does not answer: .*patience=5 .waited 0\.25 s"):
+            with pytest.raises(StoreError, match=r"does not answer: .*patience=5 .waited 0\.2 s"):
                 await ledger.commit(Batch(calls=(CALL,)))
         hang.set()
         await ledger.commit(Batch())
