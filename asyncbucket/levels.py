@@ -19,7 +19,7 @@ from asyncbucket.engine.node import shown_name as _shown_name
 from asyncbucket.engine.wording import USD
 
 _log: Final = logging.getLogger("asyncbucket")
-_LOWER: Final = "limiter %r is told %s, but the provider announces %s: no more pass"
+_LOWER: Final = "limiter %r is told %s, but the provider announces %s: set the lower limit"
 T = TypeVar("T")
 
 # The face of the core's private parts.
@@ -335,7 +335,8 @@ def observe_remaining(
         )
         if is_news:
             if meter.is_law:
-                window.give_way()
+                # In shadow the meter sees calls that pass at once, so it cannot decide.
+                window.give_way(meter.bucket() if is_in_shadow(limiter) else None)
             else:
                 window.reshape(window.limit, now)
             _tell_belief(node, meter)

@@ -500,13 +500,22 @@ class Limiter(EngineLimiter):
 
     def statistics(self) -> Statistics:
         """Return a frozen snapshot: what passed, what waits, and what for; children included."""
-        now, order = super().statistics(), self._node.standing.order
-        with self._node.pacer.lock:
+        pacer, order, shadow = (
+            self._node.pacer,
+            self._node.standing.order,
+            self._node.path[-1].bystander,
+        )
+        if isinstance(
+            shadow, Shadow
+        ):  # it books at earlier instants, so before anyone asks the meters
+            with pacer.lock:
+                shadow.play(pacer.clock())
+        now = super().statistics()
+        with pacer.lock:
             if isinstance(order, Agents):
                 now = replace(now, agents=order.statistics())
             if isinstance(self._node.bystander, Shadow):
-                told = self._node.bystander.statistics(self._node.pacer.clock())
-                now = replace(now, shadow=told)
+                now = replace(now, shadow=self._node.bystander.statistics(pacer.clock()))
         return now
 
     def _make_sizer(self, bounds: tuple[int, int]) -> Sizer:

@@ -455,10 +455,12 @@ class Window(Meter):
         else:
             self.pace = self.pace.reshaped(rate=self._rate, burst=burst, now=now)
 
-    def give_way(self) -> None:
-        """Only count from now on: another meter knows how the limit is really counted."""
-        self.amount = NEVER
-        self.pace = None
+    def give_way(self, to: Bucket | None = None) -> None:
+        """Only count from now on: ``to`` or another meter knows how the limit is really counted."""
+        if to is not None:
+            for date, units in self.log.entries():
+                to.owe(units, date)
+        self.amount, self.pace, self.free = NEVER, to, 0
 
     @property
     def used(self) -> int:

@@ -27,10 +27,11 @@ calls back by what is left, where others use the same key.
 """
 
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import ClassVar, Final, NamedTuple, Self
 
 from asyncbucket.engine.limits import Key, Limit
-from asyncbucket.engine.meters import Meter, Window
+from asyncbucket.engine.meters import Bucket, Meter, Window
 from asyncbucket.engine.statistics import Belief
 from asyncbucket.feedback.proof import Proof
 from asyncbucket.feedback.remaining import Remaining
@@ -237,6 +238,10 @@ class ProviderMeter(Meter):
     def is_law(self) -> bool:
         """Whether it alone says what may pass: the provider counts by a bucket, of the user's limit."""
         return self.proven > 0 and self.announced * 100 <= self._told * 101
+
+    def bucket(self) -> Bucket:
+        """Return the bucket by which the provider counts, full."""
+        return Bucket(rate=Fraction(self.rate * 1_000_000_000, self.window), burst=self.proven)
 
     def heard(
         self,

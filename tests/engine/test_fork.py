@@ -40,6 +40,22 @@ def run(code: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_shadow_of_a_forked_process_has_a_line_of_its_own() -> None:
+    run("""
+        limiter = Limiter(concurrency=1, shadow=True)
+        held = [limiter.acquire_nowait() for _ in range(3)]
+        def check():
+            first, second = limiter.acquire_nowait(), limiter.acquire_nowait()
+            first.release()
+            assert limiter.statistics().shadow.would_wait == 1
+            assert not limiter._node.bystander._pacer.waiting
+            second.release()
+            held.clear()
+        in_child(check)
+        assert limiter.statistics().shadow.would_wait == 2
+    """)
+
+
 def test_forked_process_has_all_slots_free_and_keeps_used_units() -> None:
     """The parent's leases neither count in the child nor give back or settle anything there."""
     run("""

@@ -102,7 +102,7 @@ def test_lower_announced_limit_is_told(caplog: pytest.LogCaptureFixture) -> None
     reader = HeaderReader(limiter)
     for _ in range(2):
         reader.read(said("requests 50/60"), OPENAI, since=limiter.now())
-    told = "limiter 'default' is told 600 requests per 60 s, but the provider announces 60: no more pass"
+    told = "limiter 'default' is told 600 requests per 60 s, but the provider announces 60: set the lower limit"
     assert caplog.messages == [told]
     assert [event.belief for event in heard if isinstance(event, BeliefChanged)] == [
         "the provider announces 60 requests per 60 s"
