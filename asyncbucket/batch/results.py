@@ -139,12 +139,15 @@ def amap(  # noqa: PLR0913 - each is an option of its own
         else None
     )
     is_looked_up = checkpoint is not None and not isinstance(items, AsyncIterable)
+    look_ahead = min(workers, _MAX_LOOK_AHEAD) if is_looked_up else 1
     engine: Engine[T, R] = Engine(
-        items=aiter(items) if isinstance(items, AsyncIterable) else _async(iter(items)),
+        source=_Source(
+            aiter(items) if isinstance(items, AsyncIterable) else _async(iter(items)), look_ahead
+        ),
+        # Items that are ready have no place, but the one that is fetched next.
+        window=_Window(2 * workers - look_ahead + 1, ordered=ordered),
         caller=caller,
         workers=workers,
-        look_ahead=min(workers, _MAX_LOOK_AHEAD) if is_looked_up else 1,
-        ordered=ordered,
         stop_on_error=errors == "raise",
         checkpoint=None
         if checkpoint is None
@@ -235,72 +238,147 @@ class Results(AsyncIterator[Item[T, R]], Generic[T, R]):
         await self.aclose()
 
 
+class _Source(Generic[T]):
+    """Take the items, and find out which of them are done already.
+
+    Args:
+        items: what goes in.
+        look_ahead: how many items are taken at a time, which must not wait for each other.
+    """
+
+    def __init__(self, items: AsyncIterator[T], look_ahead: int) -> None:
+        self._items, self._look_ahead = items, look_ahead
+        #: Why it ended early.
+        self.failure: Exception | None = None
+        self.is_stopped = self._is_exhausted = False
+        self._numbers = itertools.count()
+        self._taking = anyio.Lock(fast_acquire=True)
+        #: Items that were taken and looked up already.
+        self._ready = deque[Entry]()
+
+    async def next(self, saved: Checkpoint | None) -> Entry | None:
+        """Return the next item, with what is ``saved`` of it; None if there is none."""
+        async with self._taking:
+            if not (self._ready or self._is_exhausted):
+                entries = await self._take()
+                if saved is not None:
+                    try:
+                        entries = await to_thread.run_sync(saved.look_up, entries)
+                    except Exception as error:  # noqa: BLE001 - the reader gets it
+                        self.failure = self.failure or error
+                        self.stop()
+                self._ready.extend([] if self.is_stopped else entries)
+            return self._ready.popleft() if self._ready else None
+
+    async def _take(self) -> list[Entry]:
+        entries: list[Entry] = []
+        try:
+            with _cancelled_from_within("the iterable of items"):
+                for number in itertools.islice(self._numbers, self._look_ahead):
+                    entries.append(Entry(number, await anext(self._items)))  # noqa: PERF401 - kept on errors
+        except StopAsyncIteration:
+            self._is_exhausted = True
+        except Exception as error:  # noqa: BLE001 - the reader gets it, after the items before it
+            self._is_exhausted, self.failure = True, error
+        return entries
+
+    def stop(self) -> None:
+        """Return no more items."""
+        self.is_stopped = self._is_exhausted = True
+        self._ready.clear()
+
+    async def aclose(self) -> None:
+        """Close the iterable: nobody else would close an async generator in time."""
+        close = getattr(self._items, "aclose", None)
+        if close is not None:
+            await close()
+
+
+class _Window(Generic[T, R]):
+    """Hold the results that are not read yet.
+
+    Args:
+        size: how many items may be taken and not read.
+        ordered: whether results come out in the order of the items.
+    """
+
+    def __init__(self, size: int, *, ordered: bool) -> None:
+        #: One for each item that was taken and not read.
+        self.places = anyio.Semaphore(size, fast_acquire=True)
+        self._is_ordered, self._has_ended = ordered, False
+        self._done = deque[Item[T, R]]()
+        self._news = asyncio.Event()
+        #: Results that wait for the one of this number.
+        self._early: dict[int, Item[T, R]] = {}
+        self._next = 0
+
+    def put(self, item: Item[T, R]) -> None:
+        """Hand ``item`` to the reader, when it is its turn."""
+        self._early[item.index if self._is_ordered else self._next] = item
+        while self._next in self._early:
+            self._done.append(self._early.pop(self._next))
+            self._next += 1
+        self._news.set()
+
+    async def get(self) -> Item[T, R] | None:
+        """Return what is to be read next; None after the last."""
+        while not self._done:
+            if self._has_ended:
+                return None
+            self._news.clear()
+            await self._news.wait()
+        self.places.release()
+        return self._done.popleft()
+
+    def end(self) -> None:
+        """Let the reader come to the end, and to those behind an item that was not started."""
+        self._done.extend(item for _, item in sorted(self._early.items()))
+        self._has_ended = True
+        self._news.set()
+
+
 @dataclass(kw_only=True, eq=False)
 class Engine(Generic[T, R]):
     """Run one batch.
 
     Attributes:
-        items: what goes in.
+        source: what goes in.
+        window: what comes out.
         caller: calls the function for one item.
         workers: the most calls at once.
-        look_ahead: how many items are taken at a time, which must not wait for each other.
-        ordered: whether results come out in the order of the items.
         stop_on_error: whether nothing is started any more once an item has failed.
         checkpoint: opens the file where results are kept.
         bar: shows how far it has come.
         failure: why it ended early, if not by an item's own error.
     """
 
-    items: AsyncIterator[T]
+    source: _Source[T]
+    window: _Window[T, R]
     caller: Caller
     workers: int
-    look_ahead: int
-    ordered: bool
     stop_on_error: bool
     checkpoint: Callable[[], Checkpoint] | None
     bar: ProgressBar | None
     failure: Exception | None = None
-    #: Places in the window.
-    _places: anyio.Semaphore = field(init=False)
-    #: What is done and not read, and whether that is new: the places are its bound.
-    _done: deque[Item[T, R]] = field(default_factory=deque[Item[T, R]])
-    _news: asyncio.Event = field(default_factory=asyncio.Event)
     _saved: Checkpoint | None = None
     _saving: anyio.Lock = field(default_factory=lambda: anyio.Lock(fast_acquire=True))
     #: Results that wait for the disk, by the keys of their items.
     _unsaved: dict[bytes, R] = field(default_factory=dict[bytes, R])
-    _numbers: Iterator[int] = field(default_factory=itertools.count)
     _group: TaskGroup | None = None
     _workers: int = 0
     #: Workers without an admitted call: they wait in line, or fetch an item.
     _unadmitted: int = 0
-    _fetching: anyio.Lock = field(default_factory=lambda: anyio.Lock(fast_acquire=True))
-    #: Items that were taken and looked up already.
-    _ready: deque[Entry] = field(default_factory=deque[Entry])
-    _exhausted: bool = False
-    _stopped: bool = False
-    _early: dict[int, Item[T, R]] = field(default_factory=dict[int, "Item[T, R]"])
-    _next: int = 0
-
-    def __post_init__(self) -> None:
-        # Items that are ready have no place, but the one that is fetched next.
-        self._places = anyio.Semaphore(2 * self.workers - self.look_ahead + 1, fast_acquire=True)
 
     async def results(self) -> AsyncGenerator[Item[T, R]]:
         """Run the batch while somebody reads; the task that runs it does not refer to the reader."""
         scope = anyio.CancelScope()
         task = asyncio.create_task(self._run(scope), name="asyncbucket amap")
-        task.add_done_callback(lambda _: self._news.set())
+        task.add_done_callback(lambda _: self.window.end())
         try:
-            while self._done or not task.done():
-                await self._news.wait()
-                self._news.clear()
-                while self._done:
-                    item = self._done.popleft()
-                    self._places.release()
-                    if item.error is not None and self.stop_on_error:
-                        raise item.error
-                    yield item
+            while (item := await self.window.get()) is not None:
+                if item.error is not None and self.stop_on_error:
+                    raise item.error
+                yield item
         finally:
             scope.cancel()
             with anyio.CancelScope(shield=True):
@@ -308,8 +386,9 @@ class Engine(Generic[T, R]):
             if not task.cancelled():
                 task.exception()  # mark it as retrieved; a reader who leaves does not want it
         await task
-        if self.failure is not None:
-            raise self.failure
+        failure = self.failure or self.source.failure
+        if failure is not None:
+            raise failure
 
     async def _run(self, scope: anyio.CancelScope) -> None:
         """Work until all is done, or ``scope`` is cancelled.
@@ -324,16 +403,12 @@ class Engine(Generic[T, R]):
                     self._saved = await to_thread.run_sync(self.checkpoint)
                 async with anyio.create_task_group() as self._group:
                     self._start_worker()
-                # Those behind one that was not started.
-                self._done.extend(item for _, item in sorted(self._early.items()))
             finally:
                 with anyio.CancelScope(shield=True):
                     if self._saved is not None:
                         # If the loop ends, it has cancelled those who wait for the disk.
                         await to_thread.run_sync(self._saved.close, self._unsaved)
-                    close = getattr(self.items, "aclose", None)
-                    if close is not None:  # nobody else would close an async generator in time
-                        await close()
+                    await self.source.aclose()
 
     def _start_worker(self) -> None:
         assert self._group is not None
@@ -343,14 +418,11 @@ class Engine(Generic[T, R]):
 
     async def _work(self) -> None:
         while True:
-            await self._places.acquire()
-            async with self._fetching:
-                if not (self._ready or self._exhausted):
-                    await self._fetch()
-                entry = self._ready.popleft() if self._ready else None
+            await self.window.places.acquire()
+            entry = await self.source.next(self._saved)
             if entry is None:
                 self._unadmitted -= 1
-                self._places.release()  # nothing was taken
+                self.window.places.release()  # nothing was taken
                 return
             if entry.stored is not None:
                 result = entry.stored[0]
@@ -358,31 +430,13 @@ class Engine(Generic[T, R]):
             else:
                 await self._process(entry)
 
-    async def _fetch(self) -> None:
-        """Take some items, and find out which of them are done."""
-        entries: list[Entry] = []
-        try:
-            with _cancelled_from_within("the iterable of items"):
-                for number in itertools.islice(self._numbers, self.look_ahead):
-                    entries.append(Entry(number, await anext(self.items)))  # noqa: PERF401 - kept on errors
-        except StopAsyncIteration:
-            self._exhausted = True
-        except Exception as error:  # noqa: BLE001 - the reader gets it, after the items before it
-            self._exhausted, self.failure = True, self.failure or error
-        if self._saved is not None:
-            try:
-                entries = await to_thread.run_sync(self._saved.look_up, entries)
-            except Exception as error:  # noqa: BLE001 - the reader gets it
-                self._fail(error)
-        self._ready.extend([] if self._stopped else entries)
-
     async def _process(self, entry: Entry) -> None:
         admitted = False
 
         def begin() -> None:
             """Note that a worker leaves the line; make sure that another one stands there."""
             nonlocal admitted
-            if self._stopped:
+            if self.source.is_stopped:
                 raise Stopped
             admitted = True
             self._unadmitted -= 1
@@ -393,10 +447,10 @@ class Engine(Generic[T, R]):
             with _cancelled_from_within("the call"):
                 result = await self.caller.call(entry.input, begin)
         except Stopped:
-            self._places.release()  # as nobody will fetch a result
+            self.window.places.release()  # as nobody will fetch a result
         except Exception as error:  # noqa: BLE001 - it belongs to the item
             if self.stop_on_error:
-                self._stop()
+                self.source.stop()
             self._hand_out(Item(entry.number, entry.input, error=error))
         else:
             if self._saved is not None:
@@ -405,13 +459,8 @@ class Engine(Generic[T, R]):
         finally:
             self._unadmitted += admitted
 
-    def _stop(self) -> None:
-        """Start no more calls."""
-        self._stopped = self._exhausted = True
-        self._ready.clear()
-
     def _fail(self, error: Exception) -> None:
-        self._stop()
+        self.source.stop()
         self.failure = self.failure or error
 
     def _end(self, error: Exception) -> None:
@@ -423,14 +472,7 @@ class Engine(Generic[T, R]):
     def _hand_out(self, item: Item[T, R]) -> None:
         if self.bar is not None:
             self.bar.count(failed=not item.ok, restored=item.restored)
-        if self.ordered:
-            self._early[item.index] = item
-            while self._next in self._early:
-                self._done.append(self._early.pop(self._next))
-                self._next += 1
-        else:
-            self._done.append(item)
-        self._news.set()
+        self.window.put(item)
 
     async def _save(self, saved: Checkpoint, key: bytes, result: Any) -> None:
         """Save a result, whatever ends the calls meanwhile: it is paid for.
