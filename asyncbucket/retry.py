@@ -84,7 +84,8 @@ class Retry:
 
     *A 429 is not charged.* It refuses a whole wave of calls that did nothing wrong, and the pause
     and the limits bound the load already. Nor does it count as an attempt of a call if another call
-    met the same wave first: so however many calls are refused, none is lost by the others.
+    met the same wave first; and if others passed since this call was last refused, it counts as half
+    an attempt. So however many calls are refused, none is lost by the others.
 
     Args:
         attempts: the most attempts for one call, the first included; 1 switches retries off.
@@ -282,8 +283,10 @@ class _Trial:
     started: float
     sent: Sent
     attempts: int = 0
-    #: How many of them do not count, because another call met the refusal first.
-    free: int = 0
+    #: How many of them do not count, because another call met the refusal first, or others passed.
+    free: float = 0
+    #: How many calls had succeeded when it was last refused.
+    successes: float = math.inf
     #: The provider's last error.
     error: Exception | None = None
 
@@ -326,9 +329,9 @@ class _Trial:
         if verdict.rate_limited:
             refused_for = self.retrier.refusals_of(self.sent).lasted(waves=policy.attempts)
             known = known or paused
-            self.free += self.sent.is_one_of_many and policy.attempts > 1
+            self.free += self._part_that_is_free() if policy.attempts > 1 else 0
         attempts = self.attempts - self.free
-        wait, left = self.retrier.jittered(known, max(1, attempts)), _seconds_left()
+        wait, left = self.retrier.jittered(known, max(1, int(attempts))), _seconds_left()
         reason = None
         if attempts >= policy.attempts:
             reason = f"Retry(attempts={policy.attempts}) allows no more"
@@ -341,6 +344,12 @@ class _Trial:
         elif not verdict.rate_limited and not self.retrier.spend():
             reason = "the retry budget is spent, too few calls succeed; Retry(budget=...) sets it"
         return wait, reason
+
+    def _part_that_is_free(self) -> float:
+        """Return how much of an attempt that was refused does not count."""
+        before, now = self.successes, self.retrier.refusals_of(self.sent).successes
+        self.successes = now
+        return 1 if self.sent.is_one_of_many else (now > before) / 2
 
     def _pause(self, verdict: Verdict) -> float:
         """Take in a refusal, once; return the seconds until the pause that it makes ends."""

@@ -17,6 +17,7 @@ import stamina.instrumentation
 from asyncbucket import Limiter, Pool, QueueFull, deadline
 from asyncbucket.attempt import Attempt
 from asyncbucket.pools import PoolLease
+from asyncbucket.providers.learn import Refusals
 from asyncbucket.retry import Retrier, Retry
 from asyncbucket.testing import VirtualTime, virtual_time
 from asyncbucket.waiting import ASYNC, IO, SYNC, run
@@ -285,6 +286,26 @@ async def test_429_met_by_others_is_no_attempt(stage: Stage, attempts: int, time
     ours = stage.retrier(Retry(attempts=attempts)).call(counted)
     await asyncio.gather(other, ours, return_exceptions=True)
     assert stage.times == times
+
+
+@pytest.mark.parametrize(("others_pass", "tries"), [(False, 3), (True, 5)])
+async def test_429_while_others_pass_is_half_an_attempt(
+    stage: Stage, *, others_pass: bool, tries: int
+) -> None:
+    async def attempt(_: Attempt) -> None:
+        stage.times.append(stage.time.now)
+        raise status_error(429)
+
+    async def others() -> None:
+        while others_pass:
+            await asyncio.sleep(0.1)
+            Refusals.of(stage.limiter).succeeded(stage.time.now)
+
+    passing = asyncio.create_task(others())
+    with pytest.raises(openai.APIStatusError):
+        await stage.retrier(Retry(attempts=3)).call(attempt)
+    passing.cancel()
+    assert len(stage.times) == tries
 
 
 @pytest.mark.parametrize(("share", "calls", "attempts"), [(1.0, 300, 400), (0.2, 1_500, 1_875)])

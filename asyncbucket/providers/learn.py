@@ -299,6 +299,8 @@ class Refusals:
         self._lock = Lock()
         #: Which of the latest replies were refusals: one bit each, the latest lowest.
         self.latest = 0
+        #: How many calls succeeded while it was not 0.
+        self.successes = 0
         #: Waves since a call last succeeded; when the first and the latest came, and the pause ends.
         self._waves = 0
         self._first_at = self._latest_at = self._paused_until = -math.inf
@@ -316,10 +318,9 @@ class Refusals:
         """End a series of waves, unless the call was sent before the latest wave came."""
         with self._lock:
             self._remember(0)
-            if not self.latest:
+            self.successes += 1
+            if not self.latest or (self._waves and self._is_over(self.limiter.now(), sent_at)):
                 self._waves = 0
-            elif self._waves and self._is_over(self.limiter.now(), sent_at):
-                self.latest = self._waves = 0  # its reason has passed: no run with what comes later
             elif self._waves and sent_at is not None and sent_at > self._first_at:
                 self._waves, self._first_at = 1, self._latest_at
 
