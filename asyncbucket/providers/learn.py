@@ -66,10 +66,10 @@ _COUNT: Final = re.compile(rb"[ \t]*([0-9]{1,12})[ \t]*")
 #: full again.
 _FIRST_PAUSE: Final = 1.0
 _MAX_PAUSE: Final = 120.0
-#: A refusal that names no time counts if a third of the latest replies are refusals, too: of the last
+#: A refusal that names no time counts if half of the latest replies are refusals, too: of the last
 #: eight, or, if headers show room for the call, of as many as are in flight; or else, where limits learn, a
 #: sixth of the last 32: a limit a little lower than ours refuses no more. So many are remembered.
-_PART: Final = 3
+_PART: Final = 2
 _LATEST: Final = 8
 _LONG_PART: Final = 6
 _LONG: Final = 32
@@ -389,7 +389,7 @@ class Refusals:
         return "first" if new_wave else "later"
 
     def _are_part(self, part: int, *, of: int) -> bool:
-        """Tell whether refusals are a third, or what ``part`` says, ``of`` so many latest replies."""
+        """Tell whether refusals are half, or what ``part`` says, ``of`` so many latest replies."""
         return (self.latest & (1 << of) - 1).bit_count() * part >= of
 
     def _remember(self, refusal: int) -> None:

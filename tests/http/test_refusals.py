@@ -85,21 +85,21 @@ def take_in(
     refusals.take_in(judge_reply(status, body, headers or {}), sent_at=sent_at)
 
 
-def have_two_accidents(refusals: Refusals) -> None:
-    for _ in range(2):
+def have_three_accidents(refusals: Refusals) -> None:
+    for _ in range(3):
         take_in(refusals, sent_at=0)
 
 
 @pytest.mark.parametrize("refusal", data("refusals")["refusal"])
 def test_only_rate_and_overload_refusals_pause(limiter: Limiter, refusal: dict[str, Any]) -> None:
-    """Two refusals of eight replies that name no time may be accidents, and pause nobody."""
+    """Three refusals of eight replies that name no time may be accidents, and pause nobody."""
     status, paused = refusal["status"], refusal["paused"]
-    have_two_accidents(Refusals.of(limiter))
+    have_three_accidents(Refusals.of(limiter))
     assert limiter.statistics().paused == 0
     body = json.loads(refusal.get("body", "{}"))
     take_in(Refusals.of(limiter), status, body, refusal.get("headers"))
     assert limiter.statistics().paused == pytest.approx(paused)
-    assert limiter.statistics().upstream_429 == 2 + (status == 429 and paused > 0)
+    assert limiter.statistics().upstream_429 == 3 + (status == 429 and paused > 0)
 
 
 @pytest.mark.parametrize("refusal", data("refusals")["daily"])
@@ -125,7 +125,7 @@ async def test_used_up_quota_of_a_day_stops_calls_until_it_resets(
 def test_one_wave_of_refusals_causes_one_pause(limiter: Limiter, clock: VirtualClock) -> None:
     refusals = Refusals.of(limiter)
     effects = [refusals.take_in(judge_reply(429, None, {})) for _ in range(20)]
-    assert effects == ["accident", "accident", "first", *["later"] * 17]  # two may be accidents
+    assert effects == [*["accident"] * 3, "first", *["later"] * 16]  # three may be accidents
     assert limiter.statistics().paused == 1
     clock.advance(0.5)
     take_in(refusals)
@@ -137,9 +137,9 @@ def test_one_wave_of_refusals_causes_one_pause(limiter: Limiter, clock: VirtualC
 
 def test_accidents_while_headers_show_room_pause_only_if_they_are_many(limiter: Limiter) -> None:
     refusals, refusal = Refusals.of(limiter), judge_reply(429, None, {})
-    in_flight = [12, 11, 10, 9, 8]
+    in_flight = [12, 11, 10, 9, 8, 8]
     effects = [refusals.take_in(refusal, in_flight=each) for each in in_flight]
-    assert effects == ["accident"] * 3 + ["first", "later"]
+    assert effects == ["accident"] * 4 + ["first", "later"]
     assert limiter.statistics().paused == 1
 
 
@@ -162,7 +162,7 @@ def test_a_sixth_of_many_replies_that_are_refused_are_no_accidents_if_limits_lea
 
 def test_success_between_two_waves_ends_their_series(limiter: Limiter, clock: VirtualClock) -> None:
     refusals = Refusals.of(limiter)
-    have_two_accidents(refusals)
+    have_three_accidents(refusals)
     take_in(refusals, sent_at=0)
     clock.advance(1)
     for paused in (2, 2, 2):  # the reply to a call that was sent before it comes in each pause
@@ -176,7 +176,7 @@ def test_success_between_two_waves_ends_their_series(limiter: Limiter, clock: Vi
 
 def test_pause_doubles_with_each_wave_until_success(limiter: Limiter, clock: VirtualClock) -> None:
     refusals = Refusals.of(limiter)
-    have_two_accidents(refusals)
+    have_three_accidents(refusals)
     pauses = []
     for _ in range(9):
         take_in(refusals)
@@ -185,7 +185,7 @@ def test_pause_doubles_with_each_wave_until_success(limiter: Limiter, clock: Vir
         clock.advance(pauses[-1])
     assert pauses == pytest.approx([1, 2, 4, 8, 16, 32, 64, 120, 120])
     refusals.succeeded()
-    have_two_accidents(refusals)
+    have_three_accidents(refusals)
     take_in(refusals)
     assert limiter.statistics().paused == 1
     for _ in range(7):
@@ -199,22 +199,22 @@ def test_first_wave_with_adaptive_concurrency_causes_no_pause(clock: VirtualCloc
     limiter = Limiter(concurrency="auto", clock=clock)
     refusals = Refusals.of(limiter)
     clock.advance(1)
-    for sent_at in (0.7, 0.8, 0.9):
+    for sent_at in (0.6, 0.7, 0.8, 0.9):
         take_in(refusals, sent_at=sent_at)
     assert limiter.statistics().paused == 0
-    assert limiter.statistics().upstream_429 == 3
+    assert limiter.statistics().upstream_429 == 4
     clock.advance(1)
     take_in(refusals, sent_at=1.9)
     assert limiter.statistics().paused == 2
     least = Limiter(concurrency=(4, 20), clock=clock)
-    have_two_accidents(Refusals.of(least))
+    have_three_accidents(Refusals.of(least))
     take_in(Refusals.of(least))
     assert least.statistics().paused == 1  # it has no slot to give up
 
 
 def test_late_reply_neither_ends_nor_starts_a_wave(limiter: Limiter, clock: VirtualClock) -> None:
     refusals = Refusals.of(limiter)
-    have_two_accidents(refusals)
+    have_three_accidents(refusals)
     take_in(refusals, sent_at=0)
     clock.advance(5)
     take_in(refusals, sent_at=0)
