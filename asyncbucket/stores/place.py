@@ -424,9 +424,8 @@ class StorePlace(Place):
         return [each for each in self._unbooked() if not self.has_failed(each)][: self._room]
 
     def batch(self, heads: Iterable[AnyWaiter]) -> Batch:
-        """Return what to send, with what ``heads`` cost; its weight are all calls that wait, wherever."""
-        booked = sum(self in each.given for each in self.calls.values())
-        return self.outbox.take(map(self._to_ask, heads), self._node.standing.waiting - booked)
+        """Return what to send, with what ``heads`` cost; its weight are all calls that wait, booked or not."""
+        return self.outbox.take(map(self._to_ask, heads), self._node.standing.waiting)
 
     def _unbooked(self) -> list[AnyWaiter]:
         return [

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from asyncbucket import AcquireTimeout, Cost, Limit, Pool, StoreError, WouldBlock, agent
+from asyncbucket import AcquireTimeout, Cost, Limit, Limiter, Pool, StoreError, WouldBlock, agent
 from asyncbucket.engine.events import Event, LimitChanged
 from asyncbucket.http import OPENAI
 from asyncbucket.providers.learn import HeaderReader
@@ -79,6 +79,24 @@ async def test_processes_use_the_limit_in_equal_parts_with_few_trips(
     shares = [len(each) for each in went]
     assert max(shares) - min(shares) <= 0.1 * max(shares), shares
     assert memory.trips <= trips * len(every)
+
+
+async def test_calls_that_are_booked_count_for_the_share_of_their_process_until_they_start(
+    memory: MemoryStore,
+) -> None:
+    """Else who comes again while they wait stands behind those who have stayed in line."""
+    limiters = memory.limiters(8, "100 requests/s burst 1")
+
+    async def work(limiter: Limiter) -> None:
+        while True:
+            await take(limiter)
+
+    tasks = [asyncio.ensure_future(work(each)) for each in limiters for _ in range(5)]
+    for _ in range(20):
+        await asyncio.sleep(0.1)
+        workers = memory.states["openai"].workers.values()
+        assert {each.weight for each in workers if each.need is not None} == {5}
+    await stop(*tasks)
 
 
 @pytest.mark.parametrize("late", [0.2, 0.75])
