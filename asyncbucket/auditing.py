@@ -77,8 +77,12 @@ class Audit:
     @property
     def unpaced(self) -> list[Unpaced]:
         """The calls that no limiter admitted, by host, path and line."""
+        here = f"{Path.cwd()}{os.sep}"
         with self._lock:
-            return sorted(Unpaced(*key, count) for key, count in self._found.items())
+            found = [
+                (*key, where.removeprefix(here), n) for (*key, where), n in self._found.items()
+            ]
+        return sorted(Unpaced(*each) for each in found)
 
     def note(self, host: str, path: str) -> None:
         """Count a call that is about to be made, if it goes to a provider."""
@@ -86,7 +90,7 @@ class Audit:
             return
         leases = [each() for each in _LEASES.get()]
         is_paced = any(lease and lease._state in OPEN for lease in leases)  # noqa: SLF001
-        where = "" if is_paced else _origin().where.removeprefix(f"{Path.cwd()}{os.sep}")
+        where = "" if is_paced else _origin().where
         with self._lock:
             if is_paced:
                 self.paced += 1

@@ -176,8 +176,8 @@ class Shadow(Account):
         """Return the twin of a limiter, with the limits and terms as they are now."""
         above = None if node.parent is None else self._twin(node.parent)
         twin = self._twins.get(node) or self._twins.setdefault(node, Node(node.name, above))
-        terms, copied = node.standing, twin.standing
-        copied.max_queue, copied.within = terms.max_queue, terms.within
+        terms = node.standing
+        twin.standing.max_queue, twin.standing.within = terms.max_queue, terms.within
         reweigh(twin, terms.weight)
         if twin.limits is not node.limits or twin.slots.most != node.slots.most:
             twin.limits, twin.slots.most = node.limits, node.slots.most

@@ -276,7 +276,24 @@ def test_command_names_each_call_and_exits_with_3(tmp_path: Path) -> None:
     assert (status, said.splitlines()[0][:42]) == (5, "Calls to model providers: 0 unpaced, 0 pac")
     assert audited("--", "/nowhere") == (
         2,
-        "error: give a script, -m MODULE or a command, not '/nowhere'\n",
+        "error: no script or command '/nowhere' is found: give one, or -m MODULE\n",
+    )
+
+
+def test_command_waits_for_threads_that_still_call(tmp_path: Path) -> None:
+    (tmp_path / "app.py").write_text(
+        "import concurrent.futures, socket, threading, time\n"
+        "def calls():\n"
+        "    time.sleep(0.1)\n"
+        "    socket.getaddrinfo('127.0.0.1', 9)\n"
+        "threading.Thread(target=calls).start()\n"
+        "concurrent.futures.ThreadPoolExecutor().submit(calls)\n"
+    )
+    command = ("-m", "asyncbucket", "audit", "--host", HERE, "--", "python", "app.py")
+    done = python(*command, cwd=tmp_path, env=dict(os.environ))
+    assert (done.returncode, done.stderr.splitlines()[1:-1]) == (
+        3,
+        ["      2  127.0.0.1  app.py:4"],
     )
 
 
@@ -285,7 +302,7 @@ def test_command_names_each_call_and_exits_with_3(tmp_path: Path) -> None:
     [
         ("sys.exit('no key')", 1, "no key"),
         ("raise ValueError('no key')", 1, "ValueError: no key"),
-        ("raise KeyboardInterrupt", 130, "KeyboardInterrupt"),
+        ("raise KeyboardInterrupt", 130, ""),
         ("print(*sys.argv, file=sys.stderr)", 0, "app.py --all"),
     ],
 )

@@ -3,6 +3,7 @@
 import runpy
 import shutil
 import sys
+import threading
 import traceback
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from asyncbucket import auditing
-from asyncbucket.cli import FAILED, INTERRUPTED, UNPACED, options
+from asyncbucket.cli import FAILED, UNPACED, options
 
 
 def audit(
@@ -38,15 +39,11 @@ def audit(
     with auditing.audit(hosts=host or ()) as seen:
         try:
             run(run_name="__main__")
-        except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the program's, not ours
+        except Exception:  # noqa: BLE001 - the program's, not ours
             traceback.print_exc()
-            sys.exit(INTERRUPTED if isinstance(error, KeyboardInterrupt) else FAILED)
-        except SystemExit as error:
-            if not isinstance(error.code, str):
-                raise
-            typer.echo(error.code, err=True)
             sys.exit(FAILED)
         finally:
+            threading._shutdown()  # type: ignore[attr-defined]  # noqa: SLF001 - as at Python's end
             typer.echo(seen, err=True)
             if seen.unpaced:
                 sys.exit(UNPACED)
@@ -66,4 +63,5 @@ def _program(command: list[str]) -> partial[Any]:
             sys.argv, sys.path[0] = [file, *command[1:]], str(Path(file).parent.resolve())
             return partial(runpy.run_path, file)
         case _:
-            raise ValueError(f"give a script, -m MODULE or a command, not {' '.join(command)!r}")
+            asked = " ".join(command)
+            raise ValueError(f"no script or command {asked!r} is found: give one, or -m MODULE")
