@@ -79,10 +79,11 @@ class Audit:
         """The calls that no limiter admitted, by host, path and line."""
         here = f"{Path.cwd()}{os.sep}"
         with self._lock:
-            found = [
-                (*key, where.removeprefix(here), n) for (*key, where), n in self._found.items()
-            ]
-        return sorted(Unpaced(*each) for each in found)
+            found = [*self._found.items()]
+        return sorted(
+            Unpaced(host, path, where.removeprefix(here), count)
+            for (host, path, where), count in found
+        )
 
     def note(self, host: str, path: str) -> None:
         """Count a call that is about to be made, if it goes to a provider."""

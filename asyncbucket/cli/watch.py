@@ -212,6 +212,7 @@ def _facts(now: Mapping[str, Any], rate: float) -> Iterator[str]:
         yield counted(now["workers"], "workers")
     if "admitted" in now:
         yield f"{now['admitted']:,} admitted" + (f", {rate:,.1f}/s now" if rate else "")
+    yield from _in_shadow(now.get("shadow"))
     for field, words in _COUNTS.items():
         if now.get(field):
             yield f"{now[field]:,} {words}"
@@ -220,3 +221,9 @@ def _facts(now: Mapping[str, Any], rate: float) -> Iterator[str]:
     if count:
         mean = sum(wait["seconds"] for wait in waits) / count
         yield f"{count:,} had to wait, {mean:,.1f} s on average"
+
+
+def _in_shadow(told: Mapping[str, Any] | None) -> Iterator[str]:
+    if told is not None:
+        how_many = f"{told['would_wait']:,} of {told['calls']:,} calls would have waited"
+        yield f"in shadow: {how_many}, {told['mean_wait']:,.1f} s per call on average"

@@ -153,9 +153,9 @@ class Node:
     def route(self) -> Route:
         """What a call passes in all, from here up to the root."""
         levels = tuple(node.slots for node in self.path)
+        above = None if self.parent is None else self.parent.route  # so that it forgets, too
         if self.path[-1].bystander is not None:
             return Route(levels, ())
-        above = None if self.parent is None else self.parent.route
         is_limited = any(node.limits for node in self._here)
         return Route(
             levels,

@@ -162,9 +162,11 @@ def change(limiters: Iterable[Limiter], line: str) -> None:
         ValueError: it cannot be understood; nothing is changed then.
     """
     name, _, wanted = line.strip().rpartition(": ")
-    found = [each for each in _all(limiters) if name in ("", each.name)]
+    known = [*_all(limiters)]
+    found = [each for each in known if name in ("", each.name)]
     if not found:
-        raise ValueError(f"no limiter is called {name!r}: a GET shows their names")
+        names = ", ".join(each.name for each in known)
+        raise ValueError(f"no limiter is called {name!r}: there are {names}")
     match wanted.split():
         case ["concurrency", slots]:
             found[0].reconfigure(concurrency=read_amount(slots))

@@ -49,7 +49,10 @@ def panel_of(now: dict[str, Any], *before: dict[str, Any]) -> Panel:
 
 def test_panel_shows_binding_limit_and_estimated_wait() -> None:
     requests, tokens = LOOK["limits"]
-    learned = {"limits": [requests | {"belief": "the provider announces 60 requests"}, tokens]}
+    learned: dict[str, Any] = {
+        "limits": [requests | {"belief": "the provider announces 60 requests"}, tokens]
+    }
+    learned["shadow"] = {"calls": 1_200, "would_wait": 30, "mean_wait": 2.5}
     panel = panel_of(LOOK | learned, {**LOOK, "admitted": 110})
     assert [(bar.note, bar.style) for bar in panel.bars] == [
         *(("", "green"), ("binds", "red"), ("", "yellow"))
@@ -59,6 +62,7 @@ def test_panel_shows_binding_limit_and_estimated_wait() -> None:
         "30 waiting (about 6 s)",
         "the provider announces 60 requests",
         "120 admitted, 5.0/s now",
+        "in shadow: 30 of 1,200 calls would have waited, 2.5 s per call on average",
         "1 refused by the provider (429)",
         "2 turned away",
         "10 had to wait, 2.5 s on average",

@@ -10,7 +10,7 @@ from typing import Any, Final, NamedTuple
 import httpx
 import pytest
 
-from asyncbucket import AsyncBucketError, Limiter
+from asyncbucket import AsyncBucketError, Limiter, WouldBlock
 from asyncbucket.engine.events import Event, Shadowed
 from asyncbucket.engine.statistics import Statistics
 from asyncbucket.testing import RateLimitedProvider, VirtualTime
@@ -157,6 +157,8 @@ def test_what_waits_is_told_while_it_waits(virtual_time: VirtualTime) -> None:
         await asyncio.sleep(2)
         for lease in leases:
             lease.release()
+        assert limiter.statistics().shadow is not None
+        for lease in leases:
             lease.settle(requests=1)
 
     virtual_time.run(main())
@@ -227,6 +229,17 @@ def test_pacing_begins_when_the_shadow_ends(virtual_time: VirtualTime) -> None:
     virtual_time.run(main())
     assert limiter.statistics().shadow is None
     assert limiter.statistics().upstream_429 == 1
+
+
+def test_pacing_begins_for_children_of_which_only_they_are_called(
+    virtual_time: VirtualTime,
+) -> None:
+    limiter = Limiter(concurrency=1, clock=virtual_time.clock, shadow=True)
+    child = limiter.child("chat").child("fast")
+    with child.acquire_nowait(), child.acquire_nowait():
+        limiter.leave_shadow()
+        with pytest.raises(WouldBlock):
+            child.acquire_nowait()
 
 
 def test_limit_that_is_lowered_holds_for_calls_that_would_wait(virtual_time: VirtualTime) -> None:

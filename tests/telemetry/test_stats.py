@@ -216,7 +216,7 @@ def test_nothing_changes_where_the_program_asked_for_no_control() -> None:
     ("line", "message"),
     [
         ("", "'' is not a limit; write e.g."),
-        ("other: pause 1", "no limiter is called 'other': a GET shows their names"),
+        ("other: pause 1", "no limiter is called 'other': there are openai, openai/chat"),
         ("concurrency many", "'many' is not a number such as 500"),
         ("pause soon", "'soon' is not a number such as 500"),
         ("pause", "'pause' is not a limit"),
