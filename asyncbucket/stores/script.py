@@ -10,7 +10,6 @@ import functools
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import astuple
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Final
@@ -34,7 +33,7 @@ _PARTS: Final = ("meters", "state", "line", "verbs")
 #: Nanoseconds in the script's unit of time.
 GRAIN: Final = 1_000
 #: The version of what the script keeps; others are refused.
-_SCHEMA: Final = 8
+_SCHEMA: Final = 9
 #: What the script knows by name: times in microseconds.
 _CONSTANTS: Final = {
     "SCHEMA": _SCHEMA,
@@ -70,26 +69,13 @@ class Codec:
 
     def __init__(self, config: LimitConfig) -> None:
         self.config = config
-        encoded: dict[str, Any] = {
-            "limits": [astuple(limit) for limit in config.limits],
-            "meters": [_meter_config(limit) for limit in config.limits],
-            "learned": config.learned,
-            "work": config.work,
-        }
-        if config.concurrency is not None:
-            encoded["concurrency"] = config.concurrency
-        self.text = as_json(encoded)
+        meters = [_meter_config(limit) for limit in config.limits]
+        self.text = as_json({**config.to_dict(), "meters": meters, "work": config.work})
 
     @classmethod
     def from_text(cls, text: str) -> "Codec":
         """Return the codec for limits that another worker has set."""
-        config = json.loads(text)
-        limits = tuple(
-            Limit(resource, amount, per=per, burst=burst, resets=resets)
-            for resource, amount, per, burst, resets in config["limits"]
-        )
-        slots, learned = config.get("concurrency"), config["learned"]
-        return cls(LimitConfig(limits=limits, concurrency=slots, learned=learned))
+        return cls(LimitConfig.from_dict(json.loads(text)))
 
     def starts(self, wall: int) -> str:
         """Encode when some periods of the limits begin that reset, around the server's ``wall``."""

@@ -6,10 +6,9 @@ script that servers run (``lua/``) follows the same ones, and the same names.
 
 import json
 import math
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import astuple, dataclass
 from typing import Final
 
-from asyncbucket.engine.limits import Limit
 from asyncbucket.engine.meters import NEVER, Amounts, Window
 from asyncbucket.engine.statistics import LimitUse
 from asyncbucket.stores.store import (
@@ -222,7 +221,7 @@ class State:
         """Return the state as JSON, whose integers are exact however long."""
         return json.dumps(
             {
-                "config": asdict(self.config),
+                "config": self.config.to_dict(),
                 "windows": [window.state() for window in self.windows.values()],
                 "workers": {name: astuple(each) for name, each in self.workers.items()},
                 "last": [self.paused_until, self.last_start, self.last_bound],
@@ -235,8 +234,7 @@ class State:
     def from_text(cls, text: str) -> "State":
         """Return the state that `to_text` wrote."""
         data = json.loads(text)
-        limits = tuple(Limit(**limit) for limit in data["config"].pop("limits"))
-        state = cls(LimitConfig(limits=limits, **data["config"]))
+        state = cls(LimitConfig.from_dict(data["config"]))
         for window, kept in zip(state.windows.values(), data["windows"], strict=True):
             window.restore(kept)
         state.workers = {name: Worker(*each) for name, each in data["workers"].items()}

@@ -44,7 +44,7 @@ import asyncio
 import contextlib
 import secrets
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Final, Protocol, Self
 
 from asyncbucket.engine.errors import StoreError
@@ -139,6 +139,16 @@ class LimitConfig:
                 )
         in_order = sorted(self.limits, key=lambda limit: (limit.resource, limit.window))
         object.__setattr__(self, "limits", tuple(in_order))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as JSON takes it, without what is None."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Self:
+        """Return what `to_dict` has written; whatever else is there does not matter."""
+        limits = tuple(Limit(**limit) for limit in data["limits"])
+        return cls(limits=limits, concurrency=data.get("concurrency"), learned=data["learned"])
 
     def after(self, other: Self) -> Self:
         """Return what is in force once this comes after ``other``: the latest limits, usually.

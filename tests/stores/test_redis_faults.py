@@ -164,11 +164,11 @@ async def test_server_short_of_memory_books_nothing(start_server: StartServer) -
 async def test_state_of_another_schema_is_refused(store: RedisStore, redis: Any) -> None:
     await store.open("schema", terms("1000/s"))
     state = redis.execute_command("HGET", "asyncbucket:{schema}:state", "state", NEVER_DECODE=[])
-    other = state.replace(b"\xa6schema\x08", b"\xa6schema\x05")
+    other = state.replace(b"\xa6schema\x09", b"\xa6schema\x05")
     assert other != state
     redis.hset("asyncbucket:{schema}:state", "state", other)
     with pytest.raises(
-        StoreError, match="has schema 5, and this asyncbucket needs 8: use one version"
+        StoreError, match="has schema 5, and this asyncbucket needs 9: use one version"
     ):
         await store.open("schema", terms("1000/s"))
 
