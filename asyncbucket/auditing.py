@@ -69,6 +69,7 @@ class Audit:
     def __init__(self, hosts: Iterable[str]) -> None:
         names = [hosts] if isinstance(hosts, str) else hosts
         self._hosts = tuple(name.lower() for name in names)
+        self._here = f"{Path.cwd()}{os.sep}"
         self._lock = threading.Lock()
         self._found: Counter[tuple[str, str, str]] = Counter()
         #: How many calls to model providers a limiter admitted.
@@ -77,13 +78,8 @@ class Audit:
     @property
     def unpaced(self) -> list[Unpaced]:
         """The calls that no limiter admitted, by host, path and line."""
-        here = f"{Path.cwd()}{os.sep}"
         with self._lock:
-            found = [*self._found.items()]
-        return sorted(
-            Unpaced(host, path, where.removeprefix(here), count)
-            for (host, path, where), count in found
-        )
+            return sorted(Unpaced(*key, count) for key, count in self._found.items())
 
     def note(self, host: str, path: str) -> None:
         """Count a call that is about to be made, if it goes to a provider."""
@@ -91,7 +87,7 @@ class Audit:
             return
         leases = [each() for each in _LEASES.get()]
         is_paced = any(lease and lease._state in OPEN for lease in leases)  # noqa: SLF001
-        where = "" if is_paced else _origin().where
+        where = "" if is_paced else _origin().where.removeprefix(self._here)
         with self._lock:
             if is_paced:
                 self.paced += 1

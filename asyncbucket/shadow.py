@@ -93,7 +93,6 @@ class Shadow(Account):
         self._calls = self.failed = self._prevented = 0
         #: When those end that are over in reality: instant, number, call; behind the last, nothing does.
         self._ends: list[tuple[int, int, Any]] = [(NEVER, 0, None)]
-        self._is_copy = False
         weakref.finalize(limiter, self._node.pacer.lock.do, self._report_locked)
 
     # --- what it hears ---
@@ -140,7 +139,7 @@ class Shadow(Account):
         self.play(now)
         kept = (*self._twins, self._pacer.lock, self._condition, self._here()._bell, EMPTY_MAPPING)
         ahead = copy.deepcopy(self, {id(each): each for each in kept})
-        ahead._is_copy = True
+        vars(ahead)["starts"] = ahead._await_end  # nobody is told of what may come
         for call in ahead._open:
             call.took = self._took // max(1, self._over)
             ahead._await_end(call)
@@ -199,9 +198,8 @@ class Shadow(Account):
     def starts(self, call: _Call) -> None:
         """Take in that a call starts in the twin."""
         self._await_end(call)
-        if not self._is_copy:
-            told = {"cost": call.cost, "would_wait": call.waited, "bound_by": call.bound_by}
-            self._node.pacer.notify_locked(call.real, Shadowed, **told)
+        told = {"cost": call.cost, "would_wait": call.waited, "bound_by": call.bound_by}
+        self._node.pacer.notify_locked(call.real, Shadowed, **told)
 
     def _await_end(self, call: _Call) -> None:
         """Note when a call ends in the twin, once that is known."""

@@ -276,7 +276,7 @@ def test_command_names_each_call_and_exits_with_3(tmp_path: Path) -> None:
     assert (status, said.splitlines()[0][:42]) == (5, "Calls to model providers: 0 unpaced, 0 pac")
     assert audited("--", "/nowhere") == (
         2,
-        "error: no script or command '/nowhere' is found: give one, or -m MODULE\n",
+        "error: no script or command '/nowhere' is found; or give -m MODULE\n",
     )
 
 

@@ -63,5 +63,4 @@ def _program(command: list[str]) -> partial[Any]:
             sys.argv, sys.path[0] = [file, *command[1:]], str(Path(file).parent.resolve())
             return partial(runpy.run_path, file)
         case _:
-            asked = " ".join(command)
-            raise ValueError(f"no script or command {asked!r} is found: give one, or -m MODULE")
+            raise ValueError(f"no script or command {command[0]!r} is found; or give -m MODULE")

@@ -17,6 +17,7 @@ from rich.console import Console
 from asyncbucket.cli import INTERRUPTED, options
 from asyncbucket.cli.ui import Bar, Panel, Screen
 from asyncbucket.engine.errors import StoreError
+from asyncbucket.engine.statistics import ShadowStatistics
 from asyncbucket.engine.wording import counted, in_seconds, one_line, written
 from asyncbucket.stores import Snapshot, open_store, without_password
 from asyncbucket.telemetry.stats import DEFAULT_PORT, row_of
@@ -212,7 +213,8 @@ def _facts(now: Mapping[str, Any], rate: float) -> Iterator[str]:
         yield counted(now["workers"], "workers")
     if "admitted" in now:
         yield f"{now['admitted']:,} admitted" + (f", {rate:,.1f}/s now" if rate else "")
-    yield from _in_shadow(now.get("shadow"))
+    shadow = [ShadowStatistics(**now["shadow"])] if now.get("shadow") else []
+    yield from (f"in shadow: {told}" for told in shadow)
     for field, words in _COUNTS.items():
         if now.get(field):
             yield f"{now[field]:,} {words}"
@@ -221,9 +223,3 @@ def _facts(now: Mapping[str, Any], rate: float) -> Iterator[str]:
     if count:
         mean = sum(wait["seconds"] for wait in waits) / count
         yield f"{count:,} had to wait, {mean:,.1f} s on average"
-
-
-def _in_shadow(told: Mapping[str, Any] | None) -> Iterator[str]:
-    if told is not None:
-        how_many = f"{told['would_wait']:,} of {told['calls']:,} calls would have waited"
-        yield f"in shadow: {how_many}, {told['mean_wait']:,.1f} s per call on average"

@@ -4,6 +4,7 @@ import asyncio
 import json
 import socket
 import threading
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from asyncbucket import Limiter
 from asyncbucket.cli.app import app
 from asyncbucket.cli.ui import Panel
 from asyncbucket.cli.watch import compare
+from asyncbucket.engine.statistics import ShadowStatistics
 from asyncbucket.telemetry import report
 from asyncbucket.testing import VirtualTime
 
@@ -52,7 +54,8 @@ def test_panel_shows_binding_limit_and_estimated_wait() -> None:
     learned: dict[str, Any] = {
         "limits": [requests | {"belief": "the provider announces 60 requests"}, tokens]
     }
-    learned["shadow"] = {"calls": 1_200, "would_wait": 30, "mean_wait": 2.5}
+    shadow = ShadowStatistics(1_200, 30, 2.5, would_fail=0, prevented=3, refusals=4)
+    learned["shadow"] = asdict(shadow)
     panel = panel_of(LOOK | learned, {**LOOK, "admitted": 110})
     assert [(bar.note, bar.style) for bar in panel.bars] == [
         *(("", "green"), ("binds", "red"), ("", "yellow"))
@@ -62,7 +65,7 @@ def test_panel_shows_binding_limit_and_estimated_wait() -> None:
         "30 waiting (about 6 s)",
         "the provider announces 60 requests",
         "120 admitted, 5.0/s now",
-        "in shadow: 30 of 1,200 calls would have waited, 2.5 s per call on average",
+        f"in shadow: {shadow}",
         "1 refused by the provider (429)",
         "2 turned away",
         "10 had to wait, 2.5 s on average",
