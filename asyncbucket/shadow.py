@@ -177,7 +177,8 @@ class Shadow(Account):
         twin = self._twins.get(node) or self._twins.setdefault(node, Node(node.name, above))
         terms = node.standing
         twin.standing.max_queue, twin.standing.within = terms.max_queue, terms.within
-        reweigh(twin, terms.weight)
+        if twin.standing.weight != terms.weight:
+            reweigh(twin, terms.weight)
         if twin.limits is not node.limits or twin.slots.most != node.slots.most:
             twin.limits, twin.slots.most = node.limits, node.slots.most
             self._pacer.limits_changed_locked(twin)

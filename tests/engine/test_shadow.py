@@ -99,9 +99,9 @@ LOADS: Final[dict[str, tuple[dict[str, Any], dict[str, Any], list[Arrival]]]] = 
         arrivals(5, 150, 60, 900, child=lambda rng: rng.choice(["", "chat", "batch"])),
     ),
     "priorities": (
-        {"tpm": 30_000},
+        {"tpm": 40_000},
         {},
-        arrivals(6, 150, 60, 900, priority=lambda rng: rng.randrange(3)),
+        arrivals(13, 150, 60, 2_000, priority=lambda rng: rng.randrange(3)),
     ),
     "cancelled": (
         {"rpm": 60, "concurrency": 5},
