@@ -5,8 +5,8 @@ the root. Then it hands the call over to the session instead of letting it go. T
 come, first served, until the session has booked it at the store and its start has come. What it has
 booked below the root, a child's limits for instance, is dated anew while it waits.
 
-Tenants are many, and seldom used. A tenant with limits has a place of its own, with a session while it has calls and a
-second longer; the store knows it by a hash. A call stands at its tenant's place first, and is handed over to
+Tenants are many, and seldom used. A tenant with limits has a place of its own, with a session while it has calls; the
+store knows it by a hash. A call stands at its tenant's place first, and is handed over to
 the root's with what it was given there: so it books nothing at the root while its tenant holds it
 up. What it was given is moved while it waits for the root. The pacer stops handing calls over while
 as many as fit are on their way to the root; those that their tenants hold up don't count.

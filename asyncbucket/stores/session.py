@@ -11,7 +11,7 @@ the store is gone, calls pass as `asyncbucket.stores.outage` allows.
 A session serves all loops and threads of a process. It lives on a loop that the sessions of all
 limiters share (`asyncbucket.stores.loop`); only a store that was made by the user has it on the
 user's loop. When the limiter is closed it ends as soon as no call waits or holds a slot. A tenant's
-ends when it has had nothing to do for a second.
+always does so.
 """
 
 import asyncio
@@ -189,14 +189,16 @@ class Session:
 
     async def _serve(self) -> bool:
         """Open the store, serve while it is wanted, and leave it; return whether that is all."""
+        is_open = False
         try:
-            if await self._open():
+            if is_open := await self._open():
                 while not self._is_over():
                     await self._step()
         finally:
             await self._leave()
         with self._place.lock():
-            is_last = not self._place.heads()
+            has_news = is_open and self._outbox.batch != Batch()  # since it has left
+            is_last = not (has_news or self._place.heads())
             if is_last:
                 self._place.forget(self)
             return is_last

@@ -292,6 +292,22 @@ async def test_idle_tenants_leave_the_store_and_the_process(memory: MemoryStore)
     await limiter.aclose()
 
 
+async def test_use_that_is_settled_while_a_tenant_leaves_reaches_the_store(
+    memory: MemoryStore,
+) -> None:
+    limiter = memory.limiter(ROOT)
+    limiter.per_key("1k TPM")
+    memory.delay = 0.05
+    for number in range(30):
+        lease = await limiter.acquire(tenant=f"tenant {number}", tokens=100)
+        lease.release()
+        await asyncio.sleep(number * 0.01)
+        lease.settle(tokens=20)
+    await asyncio.sleep(1)
+    assert {used(memory, limiter.key(f"tenant {number}"))[0] for number in range(30)} == {20}
+    await limiter.aclose()
+
+
 @pytest.mark.parametrize("limits", ["3 RPM burst 3", "1500 TPM"])
 async def test_many_tenants_share_their_limits_through_a_store(
     where: str, limits: str, limited: Limiters
