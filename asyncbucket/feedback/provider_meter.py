@@ -13,7 +13,7 @@ replies are seen, a `ProviderMeter` stands beside a limit's `Window`, and learns
 - accepted at a backlog V: the size is at least V. It grows by a third of V, up to a tenth of the limit
   while nothing is proven, and at once to the size that is.
 - refused at a backlog V: the size is less than V, and becomes half of it. A larger one is tried
-  again after two quiet windows, after the next wave of refusals four, and so on.
+  again after four quiet windows.
 
 A refusal at the smallest size means that the rate is too high. It is lowered by a quarter, or by 5 percent if
 it is near what the user told; while calls are accepted, it comes back in small steps.
@@ -28,7 +28,7 @@ calls back by what is left, where others use the same key.
 
 from collections.abc import Mapping
 from fractions import Fraction
-from typing import ClassVar, Final, NamedTuple, Self
+from typing import ClassVar, Final, Self
 
 from asyncbucket.engine.limits import Key, Limit
 from asyncbucket.engine.meters import Bucket, Meter, Window
@@ -51,8 +51,8 @@ _FAR: Final = 75
 _REMEMBERED: Final = 4_096
 #: No more than this many calls are the smallest backlog, which is not halved.
 _FEW: Final = 2
-#: The most windows that must be quiet before a larger size is tried.
-_PATIENCE: Final = 64
+#: So many windows must be quiet before a larger size is tried.
+_QUIET: Final = 4
 #: A log may have more left than we expect by this fraction (1/16) of the limit: calls overtake others.
 _DOUBT: Final = 16
 #: What a reply said no longer ago than this (ns) is what the refusal says that is looked at.
@@ -61,14 +61,6 @@ _JUST_NOW: Final = 100_000_000
 #: or of what it lacks if that is less.
 _HOLD: Final = 5_000_000_000
 _STEP: Final = 8
-
-
-class _Refusals(NamedTuple):
-    """Waves of refusals so far, when the latest came, and from when on the size may grow again."""
-
-    waves: int = 0
-    at: int = -1
-    grow_from: int = -1
 
 
 class ProviderMeter(Meter):
@@ -93,7 +85,8 @@ class ProviderMeter(Meter):
         #: The most backlog that a call may leave behind.
         self.size = told or max(1, limit.units * min(_START, self.window) // self.window)
         self._backlog = _Backlog(limit.window)
-        self._refusals = _Refusals()
+        #: Waves of refusals so far, and when the latest came.
+        self._waves, self._refused_at = 0, -1
         #: When the rate was changed last; when the latest report came, and what it said was left.
         self._rate_at, self._heard = -1, (-_JUST_NOW, 0)
         self._proof = Proof(limit.window)
@@ -182,10 +175,10 @@ class ProviderMeter(Meter):
     def accepted(self, when: int, now: int) -> None:
         """Take in that a call booked at ``when`` was accepted."""
         fits = self._backlog.sent.get(when)
-        if fits is None or when < self._refusals.at or not self.is_paced:
+        if fits is None or when < self._refused_at or not self.is_paced:
             return
         self._leak(now)
-        if now > self._refusals.grow_from:
+        if not self._waves or now > self._refused_at + _QUIET * self.window:
             grown = self._top if self.proven else fits + fits // 3 + 1
             self.size = max(self.size, min(grown, self._top))
         if self.rate < self._limit and now - self._rate_at > _HOLD:
@@ -207,11 +200,10 @@ class ProviderMeter(Meter):
             return False
         self._leak(now)
         self._backlog.sent[when] -= amount
-        if when < self._refusals.at:
+        if when < self._refused_at:
             return False
-        waves = self._refusals.waves + 1
-        self._rate_at = now
-        self._refusals = _Refusals(waves, now, now + self.window * min(_PATIENCE, 1 << waves))
+        self._waves += 1
+        self._rate_at = self._refused_at = now
         if backlog > _FEW * amount:
             self.size = max(1, min(self.size, backlog // 2))
         else:
@@ -219,7 +211,7 @@ class ProviderMeter(Meter):
             self.rate = max(1, self.rate * (_NEAR if is_near else _FAR) // 100)
             self.size = max(1, self.size // 2)
         if self.kind is None:
-            self._believed = now, waves
+            self._believed = now, self._waves
         return True
 
     # --- what replies say ---
@@ -272,7 +264,7 @@ class ProviderMeter(Meter):
         sent = now if since is None else since
         is_news = self._is_news(left, now, sent, rounding, full_in)
         if is_news:
-            self._believed = now, self._proof.heard if self.kind else self._refusals.waves
+            self._believed = now, self._proof.heard if self.kind else self._waves
             self.size = min(self.size, self._top)
             self._remaining.restart()
         self._remaining.hear(
@@ -305,7 +297,7 @@ class ProviderMeter(Meter):
     def belief(self) -> Belief | None:
         """What is believed of how the provider counts; None as long as nothing was learned."""
         is_lower = self.announced < self._told
-        if self.kind is None and not self._refusals.waves and not is_lower:
+        if self.kind is None and not self._waves and not is_lower:
             return None
         return Belief(
             kind=self.kind,

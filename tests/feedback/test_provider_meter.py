@@ -72,7 +72,7 @@ def test_refusal_halves_the_size_and_begins_slowly() -> None:
     assert requests.size == 5
 
 
-def test_larger_sizes_are_tried_again_after_quiet_windows_twice_as_many_each_time() -> None:
+def test_larger_sizes_are_tried_again_after_four_quiet_windows() -> None:
     requests, now, tried = meter(), 0, list[int]()
     for _ in range(3):
         passing(requests, now)
@@ -83,7 +83,7 @@ def test_larger_sizes_are_tried_again_after_quiet_windows_twice_as_many_each_tim
             passing(requests, now)
             requests.accepted(now, now)
         tried.append((now - began) // MINUTE)
-    assert tried == [2, 4, 8]
+    assert tried == [4, 4, 4]
 
 
 def test_rate_that_is_refused_one_by_one_is_lowered_and_tried_again_in_steps() -> None:
