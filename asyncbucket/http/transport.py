@@ -322,8 +322,8 @@ class PacedTransport(_AnyTransport):
         return True
 
     def _is_sdk_retry(self, request: Any) -> bool:
-        """Tell whether an SDK above sends a request again by itself; warn once."""
-        if request.headers.get(_RETRY_COUNT, "0") == "0":
+        """Tell whether an SDK above sends a request again, though this retries; warn once."""
+        if request.headers.get(_RETRY_COUNT, "0") == "0" or is_in_shadow(self.limiter):
             return False
         self._warn_once(
             _RETRY_COUNT,

@@ -6,6 +6,7 @@ import gzip
 import io as files
 from typing import Any, get_args
 
+import httpx
 import pytest
 from openai import AsyncOpenAI
 
@@ -175,3 +176,15 @@ async def test_retrying_sdk_is_logged_once(library: Any, caplog: pytest.LogCaptu
         "the SDK above the transport of limiter 'openai' retries failed calls, too"
     )
     assert message.endswith("pass max_retries=0 to the SDK")
+
+
+async def test_sdk_may_retry_in_shadow(caplog: pytest.LogCaptureFixture) -> None:
+    """There the transport retries nothing, so nobody is told to switch the SDK's retries off."""
+    limiter = Limiter("500 RPM", shadow=True)
+    inner = httpx.MockTransport(lambda _: httpx.Response(429))
+    async with httpx.AsyncClient(transport=limiter.transport(inner)) as client:
+        for retry in "0", "1":
+            headers = {"x-stainless-retry-count": retry}
+            await client.post("https://api.openai.com/v1/responses", json={}, headers=headers)
+    assert limiter.statistics().upstream_429 == 2
+    assert "max_retries" not in caplog.text
