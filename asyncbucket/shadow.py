@@ -67,7 +67,8 @@ class _Call(Lease, Account):
 
     def ended(self, lease: Any, outcome: str) -> None:  # noqa: ARG002 - as above
         """See `Account.ended`."""
-        self._shadow.over(self)
+        if self.real.path[-1].bystander is self._shadow:  # else it would book what pacing needs
+            self._shadow.over(self)
 
     def _hold_locked(self, now: int, waiter: Any, bound_by: str | None, route: Route) -> None:
         super()._hold_locked(now, waiter, bound_by, route)

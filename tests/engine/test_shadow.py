@@ -231,6 +231,22 @@ def test_pacing_begins_when_the_shadow_ends(virtual_time: VirtualTime) -> None:
     assert limiter.statistics().upstream_429 == 1
 
 
+def test_calls_that_would_wait_book_nothing_once_pacing_begins(virtual_time: VirtualTime) -> None:
+    limiter = Limiter("60 RPM burst 1", clock=virtual_time.clock, shadow=True)
+
+    async def main() -> None:
+        leases = [limiter.acquire_nowait() for _ in range(5)]
+        limiter.leave_shadow()
+        await asyncio.sleep(10)
+        for lease in leases:
+            lease.settle(tokens=1)
+            lease.release()
+
+    virtual_time.run(main())
+    now = limiter.statistics()
+    assert (now.limits[0].used, now.in_flight) == (1, 0)
+
+
 def test_pacing_begins_for_children_of_which_only_they_are_called(
     virtual_time: VirtualTime,
 ) -> None:
