@@ -48,7 +48,10 @@ def root_of(limiter: Limiter) -> Limiter:
 
 def ways(limiter: Limiter) -> list[tuple[Node, ...]]:
     """Return the nodes that a call here passes: on the only way, or on one through each pool member."""
-    node: Node = limiter._node
+    return _ways(limiter._node)
+
+
+def _ways(node: Node) -> list[tuple[Node, ...]]:
     return [way.path for way in node.ways] or [node.path]
 
 
@@ -119,6 +122,17 @@ def excess_of(cost: Mapping[str, int], by_way: Iterable[Iterable[tuple[str, int]
             excess = max(excess, cost.get(resource, 0) - units)
         least = excess if least is None else min(least, excess)
     return least or 0
+
+
+def excess_at(lease: Lease, cost: Mapping[str, int]) -> int:
+    """Return by how much ``cost`` exceeds what the limits that ``lease`` meets can ever admit."""
+    return excess_of(cost, map(_units, _ways(lease._node)))
+
+
+def _units(way: Iterable[Node]) -> list[tuple[str, int]]:
+    """Return the units of each limit on one of the `ways` of a call, by resource."""
+    limits = [window.limit for node in way for window in tuple(node.limits.values())]
+    return [(limit.resource, limit.units) for limit in limits]
 
 
 def in_force(limiter: Limiter) -> InForce:
@@ -261,6 +275,11 @@ def _count_cached_locked(node: Node, read: bool, written: bool, saved: int) -> N
     if saved:
         node.count("saved_tokens", saved)
     node.pacer.notify_locked(node, PromptCached, read=read, written=written, saved_tokens=saved)
+
+
+def left_at(lease: Lease) -> float:
+    """Return when a call was sent, or else admitted, in seconds of the limiter's clock."""
+    return lease.began("ok") * 1e-9
 
 
 def undo(lease: Lease) -> None:

@@ -65,6 +65,11 @@ class Exchange:
         self._tail: _Tail | None = None
         #: What is sent, until a reply says what of it was in the provider's cache.
         self._prompt = read.prompt
+        #: What the first event of a stream says of its prompt.
+        self._early: Usage | None = None
+        #: What is left at the provider is compared with what was charged, so the headers of a call that
+        #: relies on the cache are read once that is settled.
+        self._learn: Callable[[], None] | None = None
 
     def failed(self, error: BaseException) -> None:
         """End without a reply; a request that never left costs nothing."""
@@ -81,8 +86,16 @@ class Exchange:
         read, headers = self._read, self._provider.headers
         ok = reply.status_code < FIRST_ERROR
         if read.teaches and (not ok or headers.is_due(self._sent_at)):
-            waited = self._lease.waited > 0
-            headers.read(reply.headers, self._profile, since=self._sent_at, waited=waited)
+            self._learn = functools.partial(
+                headers.read,
+                reply.headers,
+                self._profile,
+                since=self._sent_at,
+                waited=self._lease.waited > 0,
+            )
+            if not ok or self._prompt is None or self._prompt.prefix is None:
+                self._learn()
+                self._learn = None
         if not ok:
             return await self._refused(reply, request, io)
         if self._provider.refusals.latest:
@@ -124,18 +137,23 @@ class Exchange:
     def chunk_received(self, chunk: bytes) -> None:
         """Take in a part of the body on its way to the client."""
         if self._tail is not None:
-            head = self._tail.add(chunk)
-            if self._prompt is not None and head:
-                self._begin(self._prompt, find_usage(b"", head))
+            has_begun = self._tail.add(chunk)
+            if self._prompt is not None and has_begun and (head := self._tail.first_events()):
+                self._early = find_usage(b"", head)
+                if self._early is not None:
+                    self._begin(self._prompt, self._early)
 
-    def _begin(self, prompt: Prompt, usage: Usage | None) -> None:
-        """Settle the input if a stream's first event tells it; from then on its prompt is in the cache."""
-        if usage is not None:
-            self._prompt = None
-            prompt.replied(usage, self._lease, sent_at=self._sent_at)
+    def _begin(self, prompt: Prompt, usage: Usage) -> None:
+        """Take in the first event of a stream: its prompt is in the cache now, or was, which settles it."""
+        self._prompt = None
+        prompt.replied(usage, self._lease)
+        if prompt.prefix is not None or usage.cached_tokens or usage.cached_beside:
             used = self._profile.settled(self._read.call, usage)
             if "tokens" in used:  # else they would follow
                 self._lease.settle(input_tokens=used["input_tokens"])
+            if self._learn is not None:
+                self._learn()
+                self._learn = None
 
     def _no_usage(self) -> None:
         prompt, self._prompt = self._prompt, None
@@ -150,8 +168,11 @@ class Exchange:
                 head, end = map(unpacked, tail.read())
                 if complete or is_complete(end):
                     # In a reply in one piece, what a model wrote may look like usage, and comes first.
-                    first = b"" if head.lstrip()[:1] == b"{" else head
-                    self._settle(find_usage(end, first) or find_usage(head))
+                    first = b"" if self._early or head.lstrip()[:1] == b"{" else head
+                    usage = find_usage(end, first) or find_usage(head)
+                    self._settle(usage and usage | self._early)
+            if self._learn is not None:
+                self._learn()
         finally:
             self._lease.release()
             self._no_usage()
@@ -170,7 +191,7 @@ class Exchange:
         if amounts:
             self._lease.settle(**amounts)
         if self._prompt is not None:
-            self._prompt.replied(usage, self._lease, sent_at=self._sent_at)
+            self._prompt.replied(usage, self._lease)
             self._prompt = None
         if usage.output_tokens:
             read.lane.forecast.observe(-(-usage.output_tokens // read.call.asked.replies))
@@ -294,16 +315,20 @@ class _Tail:
         self._head, self._end = b"", bytearray()
         self._limit = _TAIL_BYTES if encoding == "identity" else _ENCODED_TAIL_BYTES
 
-    def add(self, chunk: bytes) -> bytes:
-        """Note the next chunk; return the first events of a stream as long as it has only begun."""
-        has_begun = len(self._end) < _HEAD_BYTES and self._encoding == "identity"
+    def add(self, chunk: bytes) -> bool:
+        """Note the next chunk; return whether hardly more than that has come."""
+        has_begun = len(self._end) < _HEAD_BYTES
         self._end += chunk
         if len(self._end) > 2 * self._limit:  # seldom, so that a byte is moved once at most
             self._head = self._head or bytes(self._end[:_HEAD_BYTES])
             del self._end[: -self._limit]
-        return (
-            bytes(self._end[:_HEAD_BYTES]) if has_begun and not self._end.startswith(b"{") else b""
-        )
+        return has_begun
+
+    def first_events(self) -> bytes:
+        """Return what has come of a stream that has begun; nothing if it is none, or compressed."""
+        if self._encoding != "identity" or self._end.startswith(b"{"):
+            return b""
+        return self._head or bytes(self._end[:_HEAD_BYTES])
 
     def read(self) -> tuple[bytes, bytes]:
         """Return head and end, decoded; empty if that cannot be done."""

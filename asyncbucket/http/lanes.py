@@ -29,6 +29,7 @@ from asyncbucket.providers.prefixes import (
     Prompt,
     asks_to_cache,
     conversation_of,
+    cuts_of,
 )
 from asyncbucket.providers.prices import Price, priced
 from asyncbucket.providers.profiles import Call, Profile, charge, profile_named, profile_of
@@ -168,7 +169,7 @@ class Lanes:
         assert profile is not None
         prompt, conversation = None, None
         if cost is not None and cost.get("input_tokens", 0) >= LEAST:
-            prompt, conversation = self._prefix(lane, call, profile, content, limits.by_way)
+            prompt, conversation = self._prefix(lane, call, profile, content)
         price: Price | None = None
         if limits.counts(USD):
             cost, price = priced(lane.limiter, call, cost)
@@ -178,12 +179,7 @@ class Lanes:
         )
 
     def _prefix(
-        self,
-        lane: Lane,
-        call: Call,
-        profile: Profile,
-        content: bytes | None,
-        by_way: list[list[tuple[str, int]]],
+        self, lane: Lane, call: Call, profile: Profile, content: bytes | None
     ) -> tuple[Prompt | None, str | None]:
         """Return what a call sends, if it may be cached; in a pool, its conversation."""
         site = f"{call.host} {call.model}"
@@ -191,8 +187,8 @@ class Lanes:
             return None, conversation_of(call.body, site)
         if not (call.asked.writes and (asks_to_cache(content) or profile.caches_unasked)):
             return None, None
-        leads = self.cache == "lead"
-        return Prompt(lane.prefixes, profile, site, call.body, by_way, leads), None
+        cuts = cuts_of(call.body, site)
+        return Prompt(lane.prefixes, profile, cuts, self.cache == "lead"), None
 
     def _new_lane(self, limiter: Limiter, *, paused: Limiter) -> Lane:
         """Return the lane of ``limiter``, of which a refusal pauses ``paused``."""

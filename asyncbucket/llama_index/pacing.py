@@ -70,6 +70,7 @@ from asyncbucket.providers.prefixes import (
     Prefixes,
     Prompt,
     conversation_of,
+    cuts_of,
     read_mode,
 )
 from asyncbucket.providers.prices import added_tokens, model_of, price_at, within_limits
@@ -175,7 +176,6 @@ class Requests:
         self.profile: Profile | None = None
         #: What is sent, until a reply says what of it was in the provider's cache.
         self.prompt: Prompt | None = None
-        self.admitted_at = attempt.limiter.now()
 
     async def call_inside(self, attempt: Attempt, call: ModelCall, usd: float) -> Any:
         """Call a method inside: each but the first adds a request; those in it are part of it.
@@ -401,9 +401,8 @@ class Pacing:
     def _prompt(self, call: ModelCall, body: Mapping[str, Any]) -> Prompt:
         """Return what is sent by a chat that asks the provider to cache some of it."""
         site = f"{type(call.model).__name__} {model_of(call.model, call.kwargs)}"
-        table, leads = Prefixes.of(self.limiter), self.cache == "lead"
-        limits = in_force(effective_limiter(self.limiter)).by_way
-        return Prompt(table, self.profile, site, body, limits, leads)
+        table, cuts = Prefixes.of(self.limiter), cuts_of(body, site)
+        return Prompt(table, self.profile, cuts, self.cache == "lead")
 
     def _amounts(self, call: ModelCall, estimate: Estimate) -> dict[str, float]:
         """Return what to reserve; a guess of the output must not make a call impossible."""
@@ -463,8 +462,7 @@ class Pacing:
         prompt, requests.prompt = requests.prompt, None
         if prompt is not None and len(usages) == 1:
             prompt.profile = self.profile
-            sent_at = requests.admitted_at if requests.sent_at is None else requests.sent_at
-            prompt.replied(usages[0], lease, sent_at=sent_at)
+            prompt.replied(usages[0], lease)
         elif prompt is not None:  # of several requests nobody knows which read it
             prompt.over()
 

@@ -7,15 +7,14 @@ reply comes; a call that reserves its whole prompt until then keeps others waiti
 *Knowing a prefix.* A prompt is hashed cumulatively, in the order in which providers cache it: tools,
 system, messages. It has a *cut* after each block of these. What asks to cache (``cache_control``,
 ``cachePoint``) is no part of the hash: clients move it from message to message. `Prefixes` remembers
-for a cut how many tokens a call reads there, when a reply last said so, and until when the provider
-keeps it. It has hashes alone, with a secret of the process in them, and at most `MOST` of them: about
-4 MB.
+for a cut how many tokens a call reads there, and until when the provider keeps it. It has hashes
+alone, and at most `MOST` of them: about 3 MB.
 
 *Believing the reply, not the request.* Only the usage in a reply makes a prefix warm, in a stream
-that of its first event, and a reply that says that nothing was read makes it cold. A reply says
-nothing of what turned warm after its call had left. Whether a provider reads what it writes is tried
-by one call. Once a reply shows that it does, all rely on it; after one that shows that it did not,
-nobody does until the next that shows a read.
+that of its first event, and a reply that says that nothing was read makes it cold. Whether a provider
+reads what it writes is tried by one call. Once a reply shows that it does, all rely on it. After one
+that shows that it did not, nobody does until a reply shows a read again, and then one call tries first:
+an account may be spread over several machines, each with a cache of its own.
 
 Tokens are those of the estimate, which for a prompt of this provider may be off by a constant
 factor: what a reply reports is scaled to it, so what is left of a prompt is off by no more.
@@ -33,9 +32,8 @@ import asyncio
 import marshal
 import math
 import operator
-import os
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, TypeAlias
@@ -47,7 +45,8 @@ from asyncbucket.levels import (
     admitted_now,
     amounts_of,
     count_cached,
-    excess_of,
+    excess_at,
+    left_at,
     provider_of,
     reprice,
     shared,
@@ -83,18 +82,20 @@ _TURNS: Final = ("messages", "contents", "input")
 #: What asks to cache, and what is no part of how a message begins.
 _ASKS: Final = ("cache_control", "cachePoint")
 _BESIDE: Final = ("content", "parts", "cache_control")
+_PLAIN: Final = ("role", "content")
 #: What a prompt counts as.
 _COUNTED: Final = ("input_tokens", "tokens")
-#: Makes the hashes useless to whoever reads this process's memory and guesses prompts.
-_SECRET: Final = os.urandom(16)
+#: Who may rely on what a site has in its cache, if not one call alone, to try that.
+_ALL: Final = -1
+_NOBODY: Final = 0
 
 #: Where a prompt may be cached up to: its hash and its characters up to there, and for how long (s) the
 #: request asks to cache it; 0 if it does not. (Tuples, of which a call makes several.)
 Cut: TypeAlias = tuple[int, int, float]
-#: What replies have told of a prefix: how many tokens of it are read, 0 if the provider has not cached it;
-#: when the latest did so, in seconds of the limiter's clock; and until when the provider keeps it.
-_Entry: TypeAlias = tuple[float, float, float]
-_UNKNOWN: Final[_Entry] = (0, -math.inf, -math.inf)
+#: What replies have told of a prefix: how many tokens of it are read, 0 if the provider has not cached
+#: it; and until when that holds, in seconds of the limiter's clock.
+_Entry: TypeAlias = tuple[float, float]
+_UNKNOWN: Final[_Entry] = (0, -math.inf)
 #: Tells whether a request asks to cache up to a cut.
 _asks: Final = operator.itemgetter(2)
 
@@ -102,10 +103,33 @@ _asks: Final = operator.itemgetter(2)
 def cuts_of(body: Mapping[str, Any], site: str) -> list[Cut]:
     """Return where a prompt may be cached up to; the first place is before anything that it sends.
 
-    Python's own hash is keyed, takes a fifth of what SHA-256 does, and has 64 bits: enough, since
-    nobody gains by a collision, whose price is one wrong estimate.
+    Python's own hash has a secret of the process in it, takes a fifth of what SHA-256 does, and has 64
+    bits: enough, since nobody gains by a collision, whose price is one wrong estimate.
     """
-    cuts: list[Cut] = [(hash((_SECRET, site)), 0, 0.0)]
+    digest, size = hash(site), 0
+    cuts: list[Cut] = [(digest, 0, 0.0)]
+    for head, block in _blocks(body):
+        data, ttl = block, 0.0
+        if isinstance(block, dict):
+            data = block.get("text")  # a text alone is the same
+            if mark := block.get("cache_control") or block.get("cachePoint"):
+                is_long = isinstance(mark, dict) and mark.get("ttl") == "1h"
+                ttl = _LONG_TTL if is_long else _TTL
+            if not data:
+                data = [part for part in block.items() if part[0] not in _ASKS]
+        if data:
+            if not isinstance(data, str):
+                data = _dumps(data)
+            digest = hash((digest, head, data))
+            size += len(data)
+            cuts.append((digest, size, ttl))
+        elif ttl and size:  # a mark of what came before
+            cuts[-1] = digest, size, ttl
+    return cuts
+
+
+def _blocks(body: Mapping[str, Any]) -> Iterator[tuple[Any, Any]]:
+    """Yield each block of what is sent, with how its message begins; and what only asks to cache."""
     for name in filter(body.get, _ORDER):
         items = body[name]
         if isinstance(items, dict):  # Bedrock's tools, Gemini's system
@@ -113,35 +137,16 @@ def cuts_of(body: Mapping[str, Any], site: str) -> list[Cut]:
         for item in items if isinstance(items, list) else (items,):
             if isinstance(item, dict) and (content := item.get("content") or item.get("parts")):
                 head = item.get("role")
-                if not isinstance(head, str) or len(item) > 2 + ("cache_control" in item):
+                if len(item) > len(_PLAIN):
                     head = _dumps([part for part in item.items() if part[0] not in _BESIDE])
                 for block in content if isinstance(content, list) else (content,):
-                    _add(cuts, head, block)
+                    yield head, block
                 if "cache_control" in item:
-                    _add(cuts, "", {"cache_control": item["cache_control"]})
+                    yield None, {"cache_control": item["cache_control"]}
             else:
-                _add(cuts, "", item)
+                yield None, item
     if "cache_control" in body:
-        _add(cuts, "", {"cache_control": body["cache_control"]})
-    return cuts
-
-
-def _add(cuts: list[Cut], head: str | bytes, block: Any) -> None:
-    """Add the cut after ``block``, of a message that begins with ``head``; or mark the last one."""
-    data, ttl = block, 0.0
-    if isinstance(block, dict):
-        if mark := block.get("cache_control") or block.get("cachePoint"):
-            is_long = isinstance(mark, dict) and mark.get("ttl") == "1h"
-            ttl = _LONG_TTL if is_long else _TTL
-        data = block.get("text")
-        if not isinstance(data, str) or len(block) > 2 + ("cache_control" in block):
-            data = [part for part in block.items() if part[0] not in _ASKS]  # no plain text
-    digest, size, _ = cuts[-1]
-    if data:
-        data = data if isinstance(data, str) else _dumps(data)
-        cuts.append((hash((digest, head, data)), size + len(data), ttl))
-    elif ttl and size:
-        cuts[-1] = digest, size, ttl
+        yield None, {"cache_control": body["cache_control"]}
 
 
 def _dumps(piece: Any) -> bytes:
@@ -151,54 +156,39 @@ def _dumps(piece: Any) -> bytes:
         return repr(piece).encode("utf-8", "replace")
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(eq=False, repr=False, slots=True)
 class Prompt:
-    """Know what one call sends, from its admission to its reply."""
+    """Know what one call sends, from its admission to its reply; no text is kept."""
 
     table: "Prefixes"
     #: How the provider counts.
     profile: Profile
-    #: Whose cache it is, and for which model.
-    site: str
-    body: Mapping[str, Any]
-    #: The units of each limit that it meets, on each way.
-    limits: Iterable[Iterable[tuple[str, int]]]
+    #: Where it may be cached up to, in order.
+    cuts: list[Cut]
     #: Whether one of the calls with the same cold prefix goes first; and what the others wait for.
-    leads: bool
+    leads: bool = False
     leading: "Future[bool] | None" = field(default=None, init=False)
-    #: The hash of the longest warm prefix, and whether the call is charged for the rest alone.
+    #: The hash of the longest warm prefix.
     prefix: int | None = field(default=None, init=False)
-    relies: bool = field(default=False, init=False)
-    #: The tokens of the whole prompt, as estimated.
-    tokens: int = field(default=0, init=False)
-    #: What it costs if nothing is read, and how many tokens less it is charged.
-    _cold: Mapping[str, int] = field(init=False)
-    _free: int = field(default=0, init=False)
-    #: Its lease while it is in line, and what reprices it when its prefix expires.
-    _lease: Lease | None = field(default=None, init=False)
-    _timer: asyncio.TimerHandle | None = field(default=None, init=False)
-    _cuts: list[Cut] | None = field(default=None, init=False)
+    #: What it costs if nothing is read; and its lease, while it is in line.
+    cold: Mapping[str, int] = field(init=False)
+    lease: Lease | None = field(default=None, init=False)
+    #: What reprices it in line when its prefix expires.
+    timer: asyncio.TimerHandle | None = field(default=None, init=False)
 
     @property
-    def cuts(self) -> list[Cut]:
-        """Where it may be cached up to, in order; not worked out for a site that caches nothing."""
-        if self._cuts is None:
-            self._cuts = cuts_of(self.body, self.site)
-        return self._cuts
+    def marked(self) -> list[Cut]:
+        """Where the request asks to cache."""
+        return [*filter(_asks, self.cuts)]
 
     @property
-    def wanted(self) -> list[Cut]:
-        """Where the request asks to cache; or else everywhere, if the provider does so by itself."""
-        return [*filter(_asks, self.cuts)] or self.cuts
+    def tokens(self) -> int:
+        """The tokens of the whole prompt, as estimated."""
+        return self.cold.get("input_tokens", 0)
 
     def tokens_at(self, size: int) -> int:
         """Return the tokens of so many characters from the beginning."""
         return self.tokens * size // (self.cuts[-1][1] or 1)
-
-    @property
-    def may_be_free(self) -> bool:
-        """Whether what is read is probably never counted. If nobody knows: so the request asks to cache."""
-        return not self.profile.reserves_cached
 
     async def admit(self, lease: Lease, io: IO) -> None:
         """Wait for the admission of ``lease``, which costs what is left of the prompt.
@@ -206,12 +196,13 @@ class Prompt:
         Raises:
             Exception: as for `Limiter.acquire`.
         """
-        self._cold, self._free = {**amounts_of(lease)}, 0
-        self.tokens = self._cold.get("input_tokens", 0)
+        self.cold = {**amounts_of(lease)}
         try:
             if self.leads:
                 await self._follow(io)
-            self._price(lease)
+            read, _ = self.table.tokens_read(self)
+            if read:
+                self._charge(lease, read)
             if not admitted_now(lease):
                 await self._wait(lease, io)
         except BaseException:
@@ -228,60 +219,69 @@ class Prompt:
 
     async def _wait(self, lease: Lease, io: IO) -> None:
         """Wait in line, and be repriced meanwhile."""
-        self._lease = lease
+        self.lease = lease
         self.table.enter(self)
         try:
             self.reprice()
             await io.admit(lease)
         finally:
-            self._lease = None
+            self.lease = None
             self.table.leave(self)
-            if self._timer is not None:
-                self._timer.cancel()
+            if self.timer is not None:
+                self.timer.cancel()
 
     def reprice(self) -> None:
         """Have the call, if it is in line, cost what is left of its prompt now.
 
         One that can never pass whole, but could without what it asks to cache, may go out alone.
         """
-        if self._lease is None:
+        lease = self.lease
+        if lease is None:
             return
-        if self._timer is not None:
-            self._timer.cancel()
-        excess = excess_of({name: self._cold.get(name, 0) for name in _COUNTED}, self.limits)
-        can_pass = self.may_be_free and excess <= self.tokens_at(self.wanted[-1][1])
-        until = self._price(self._lease, excess if can_pass else 0)
+        if self.timer is not None:
+            self.timer.cancel()
+        read, until = self.table.tokens_read(self)
+        if not read:
+            self.table.end_trial(self)
+        excess = excess_at(lease, {name: self.cold.get(name, 0) for name in _COUNTED})
+        _, last, _ = (self.marked or self.cuts)[-1]
+        if not self.profile.reserves_cached and excess <= self.tokens_at(last):
+            read = max(read, excess)
+        self._charge(lease, read)
         loop = asyncio._get_running_loop()  # noqa: SLF001 - None outside
         if until < math.inf and loop is not None:
-            self._timer = loop.call_later(until - self.table.now(), self.reprice)
+            self.timer = loop.call_later(until - self.table.now(), self.reprice)
 
-    def _price(self, lease: Lease, excess: int = 0) -> float:
-        """Have ``lease`` cost what is left of the prompt, less ``excess``; return until when it does."""
-        free, until = self.table.tokens_read(self)
-        free = max(free, excess)
-        if free != self._free:
-            self._free, cold = free, self._cold
-            reprice(lease, {name: max(0, cold[name] - free) for name in _COUNTED if name in cold})
-        return until
+    def _charge(self, lease: Lease, free: int) -> None:
+        """Have ``lease`` cost ``free`` tokens less than the whole prompt."""
+        cold = self.cold
+        new = {name: max(0, cold[name] - free) for name in _COUNTED if name in cold}
+        if new.items() - amounts_of(lease).items():
+            reprice(lease, new)
 
-    def replied(self, usage: Usage, lease: Lease, *, sent_at: float) -> None:
-        """Learn which prefixes are warm from the reply to the call, which was sent at ``sent_at``."""
+    def replied(self, usage: Usage, lease: Lease) -> None:
+        """Learn which prefixes are warm from the usage in the reply to the call."""
         cached, beside, written = usage.cached_tokens, usage.cached_beside, usage.written_tokens
-        if cached or beside or written:
-            saved = beside + cached * (not self.profile.counts_cached)
-            count_cached(lease, read=cached + beside > 0, written=written > 0, saved=saved)
+        read = cached + beside
+        if read or written:
+            saved = beside if self.profile.counts_cached else read
+            count_cached(lease, read=read > 0, written=written > 0, saved=saved)
         elif self.prefix is None and not self.leads:
             return  # as known
         scale = self.tokens / (usage.input_tokens + beside or 1)
-        # If nobody knows how it counts, it counts what is part of the input.
-        read = beside if self.profile.reserves_cached is None else cached + beside
-        self.table.learn(self, read * scale, written * scale, sent_at)
+        if (
+            self.profile.reserves_cached is None
+        ):  # if nobody knows, what is part of the input counts
+            read = beside
+        self.table.learn(self, read * scale, written * scale, left_at(lease))
         if self.leading is not None:
             self.over(began=True)
 
     def over(self, *, began: bool = False) -> None:
         """End; those who wait for it go if its reply has begun, or else one of them leads."""
         leading, self.leading = self.leading, None
+        if not began:
+            self.table.end_trial(self)
         if leading is not None:
             leading.set_result(began)
 
@@ -297,9 +297,9 @@ class Prefixes:
         self._lock = Lock()
         #: What is known, by the hashes of prefixes; the latest news is last.
         self._entries: dict[int | None, _Entry] = {}
-        #: How many more calls may rely on what a site has in its cache: one, to try that; all, once one
-        #: has read what it was to read; none, after one has not.
-        self._trust: dict[str, float] = {}
+        #: Who relies on what a site has in its cache, by its hash: one call, to try that; `_ALL`, once
+        #: one has read what it was to read; `_NOBODY`, after one has not.
+        self._who_relies: dict[int, int] = {}
         #: The calls in line, by the hashes of their prefixes, in order.
         self._waiting: dict[int, dict[Prompt, None]] = {}
         #: What calls wait for, by the hash of the prefix. A call that is dropped leads no longer.
@@ -312,56 +312,62 @@ class Prefixes:
 
     def tokens_read(self, prompt: Prompt) -> tuple[int, float]:
         """Return how many tokens of ``prompt`` will be read and not be counted, and until when."""
-        trust = self._trust.get(prompt.site)
-        if trust is None:
-            return 0, math.inf
-        if prompt.relies:
-            trust += 1  # until it is found again that it may
-        prompt.prefix, prompt.relies, found = None, False, (0, math.inf)
+        prompt.prefix = None
         for digest, _, _ in reversed(prompt.cuts):
-            tokens, _, until = self._entries.get(digest, _UNKNOWN)
-            if tokens and self.now() < until:
-                prompt.prefix, prompt.relies = digest, trust > 0 and prompt.may_be_free
-                found = (int(tokens), until) if prompt.relies else found
+            entry = self._entries.get(digest)
+            if entry is not None and entry[0] and self.now() < entry[1]:
+                prompt.prefix = digest
+                if not prompt.profile.reserves_cached:
+                    who = self._who_relies.setdefault(prompt.cuts[0][0], id(prompt))
+                    if who in (_ALL, id(prompt)):
+                        return int(entry[0]), entry[1]
                 break
-        self._trust[prompt.site] = trust - prompt.relies
-        return found
+        return 0, math.inf
+
+    def end_trial(self, prompt: Prompt) -> None:
+        """Let another call find out whether the site reads what it writes, if ``prompt`` has not."""
+        site = prompt.cuts[0][0]
+        if self._who_relies.get(site) == id(prompt):
+            del self._who_relies[site]
+            for call in [*self._waiting.get(site, ())]:
+                call.reprice()
 
     def learn(self, prompt: Prompt, read: float, written: float, sent_at: float) -> None:
         """Take in how many tokens of ``prompt`` were read and written, as a reply says.
 
         Where a request does not ask to cache, the provider does by itself, and says what was read alone.
         """
-        self._trust.setdefault(prompt.site, 1.0)
-        waiting = self._judge(prompt, read) if read or prompt.prefix is not None else {}
-        now, wanted = self.now(), prompt.wanted
-        _, last, asks = wanted[-1]
-        whole = read + written if asks else prompt.tokens
+        turned = self._judge(prompt, read) if read or prompt.prefix is not None else {}
+        marked = prompt.marked
+        wanted, whole = (marked, read + written) if marked else (prompt.cuts, prompt.tokens)
+        last = wanted[-1][1] or 1
         for digest, size, ttl in wanted:
-            tokens, at, until = self._entries.get(digest, _UNKNOWN)
-            found = whole * size / (last or 1)
-            if not asks or (size < last and found < _SURE):
+            found = whole * size / last
+            if not marked or (size < last and found < _SURE):
                 found = min(found, read) if found * _NEARLY <= read else 0
-            if found or ((tokens or ttl) and at <= sent_at):  # else the reply says nothing of it
-                self._entries.pop(digest, None)
-                self._entries[digest] = found, now, sent_at + (ttl or _TTL)
-                if self._waiting and (found > 0) != (tokens > 0 and now < until):
-                    waiting |= self._waiting.get(digest, {})
+            if found or ttl:
+                before = self._entries.pop(digest, _UNKNOWN)
+                self._entries[digest] = found, sent_at + (ttl or _TTL)
+                if self._waiting and (found > 0) != (before[0] > 0 and self.now() < before[1]):
+                    turned |= self._waiting.get(digest, {})
         if len(self._entries) > MOST:  # many at once: to find the first, all gone are passed
             for each in [*self._entries][: MOST // 16]:
                 self._entries.pop(each, None)
-        for call in waiting:
+        for call in turned:
             call.reprice()
 
     def _judge(self, prompt: Prompt, read: float) -> dict[Prompt, None]:
         """Compare what was read with what was to be read; return who waits, if others may rely on it now."""
-        before = self._trust[prompt.site]
-        if read and read >= self._entries.get(prompt.prefix, _UNKNOWN)[0] * _NEARLY:
-            self._trust[prompt.site] = trust = math.inf
-        else:
-            self._trust[prompt.site] = trust = -math.inf
+        site, expected = prompt.cuts[0][0], self._entries.get(prompt.prefix, _UNKNOWN)[0]
+        is_read = read > 0 and read >= expected * _NEARLY
+        if not is_read:
             self._entries.pop(prompt.prefix, None)
-        return {} if trust == before else {**self._waiting.get(prompt.cuts[0][0], {})}
+        before = self._who_relies.pop(site, None)
+        if not is_read:
+            self._who_relies[site] = _NOBODY
+        elif before != _NOBODY:  # else one call tries first
+            self._who_relies[site] = _ALL
+        return {} if self._who_relies.get(site) == before else {**self._waiting.get(site, {})}
 
     def enter(self, prompt: Prompt) -> None:
         """Reprice ``prompt`` whenever one of its prefixes turns warm or cold."""
@@ -383,8 +389,8 @@ class Prefixes:
 
         None if ``prompt`` leads from now on, or all of it is known, or not worth caching.
         """
-        for digest, size, _ in prompt.wanted:
-            _, _, until = self._entries.get(digest, _UNKNOWN)
+        for digest, size, _ in prompt.marked or prompt.cuts:
+            _, until = self._entries.get(digest, _UNKNOWN)
             if prompt.tokens_at(size) >= LEAST and until <= self.now():
                 leader = self._leaders.get(digest)
                 if leader is not None and not leader.done():

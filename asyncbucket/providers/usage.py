@@ -17,7 +17,7 @@ import operator
 import re
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, Final, TypeAlias
 
 from asyncbucket.engine.wording import is_number
@@ -106,15 +106,14 @@ class Usage:
 
     def __add__(self, other: "Usage") -> "Usage":
         """Add up what two calls used."""
-        return Usage(*map(operator.add, astuple(self), astuple(other)))
+        return Usage(*map(operator.add, _numbers(self), _numbers(other)))
 
     def __or__(self, other: "Usage | None") -> "Usage":
         """Merge two reports of one stream; counts only grow, so the larger ones are right."""
         if other is None:
             return self
-        merged = Usage(*map(max, astuple(self), astuple(other)))
-        both = merged.input_tokens + merged.output_tokens
-        return replace(merged, total=max(merged.total, both))
+        sent, received, total, *rest = map(max, _numbers(self), _numbers(other))
+        return Usage(sent, received, max(total, sent + received), *rest)
 
     def without_cached(self) -> "Usage":
         """Leave out of input and total what came from the provider's cache."""
@@ -125,6 +124,10 @@ class Usage:
             total=self.total - cached,
             cached_tokens=0,
         )
+
+
+#: All numbers of a usage, in order. (`dataclasses.astuple` copies deeply, in ten times the time.)
+_numbers: Final = operator.attrgetter(*Usage.__slots__)
 
 
 def usage_of(reply: object) -> Usage | None:
@@ -246,7 +249,7 @@ def find_usage(end: bytes, head: bytes = b"") -> Usage | None:
         counts = {name.decode(): int(n) for name, n in _TOKEN_COUNT.findall(last)}
     objects = deque(_USAGE_KEY.finditer(end), _MAX_OBJECTS)
     late = (_usage_at(end, key.end()) for key in reversed(objects))
-    usage = next(filter(None, late), None) or read_usage(counts)
+    usage = next(filter(None, late), None) or (read_usage(counts) if counts else None)
     first = _USAGE_KEY.search(head)
     early = None if first is None else _usage_at(head, first.end())
     return early if usage is None else usage | early

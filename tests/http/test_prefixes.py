@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from asyncbucket import CostExceedsLimit, Limiter, events
-from asyncbucket.providers.prefixes import MOST, PATIENCE, Prefixes, Prompt
+from asyncbucket.providers.prefixes import MOST, PATIENCE, Prefixes, Prompt, cuts_of
 from asyncbucket.providers.profiles import ANTHROPIC
 from asyncbucket.providers.usage import Usage
 from asyncbucket.testing import RateLimitedProvider, VirtualClock, VirtualTime, VirtualTimeLoop
@@ -128,8 +128,20 @@ async def test_provider_that_reads_nothing_misleads_us_for_one_call(time: Virtua
         await asyncio.gather(*calls)
         assert used(limiter) == 5 * (SHARED + OWN)
         await client.post(URL, json=prompt("f"))  # nobody relied on that, but it read
-        await start(client.post(URL, json=prompt("g")))
-        assert used(limiter) == 5 * (SHARED + OWN) + 2 * OWN
+        await start(*(client.post(URL, json=prompt(each)) for each in "gh"))
+        assert used(limiter) == 6 * (SHARED + OWN) + 2 * OWN  # one tries first
+
+
+async def test_another_call_tries_if_the_one_that_was_to_try_gives_up(time: VirtualTime) -> None:
+    limiter, provider = Limiter(itpm=10 * SHARED, clock=time.clock), provider_of(time)
+    async with client_of(limiter, provider) as client:
+        await client.post(URL, json=prompt("a"))
+        limiter.pause(5)
+        calls = await start(*(client.post(URL, json=prompt(each)) for each in "bcd"))
+        calls[0].cancel()
+        await asyncio.sleep(5)
+        assert used(limiter) == 2 * (SHARED + OWN) + OWN
+        await asyncio.gather(*calls, return_exceptions=True)
 
 
 async def test_nothing_is_expected_of_a_provider_that_caches_nothing(time: VirtualTime) -> None:
@@ -180,7 +192,7 @@ async def test_prefix_expires_also_for_calls_in_line(time: VirtualTime) -> None:
         limiter.pause(400)
         await start(client.post(URL, json=prompt("b")))
         (waiting,) = {each for calls in Prefixes.of(limiter)._waiting.values() for each in calls}
-        lease = waiting._lease
+        lease = waiting.lease
         assert lease is not None
         assert lease.cost["input_tokens"] == OWN
         await asyncio.sleep(300)
@@ -287,10 +299,10 @@ def test_ten_thousand_conversations_take_bounded_memory_and_no_text_is_kept(
     def converse(number: int, turn: int) -> None:
         content = [{"type": "text", "text": f"secret {number} {turn}", **MARK}]
         body = {"model": "claude", "messages": [{"role": "user", "content": content}]}
-        sent = Prompt(table, ANTHROPIC, "claude", body, [], leads=False)
+        sent = Prompt(table, ANTHROPIC, cuts_of(body, "claude"))
         lease: Any = limiter.acquire(input_tokens=20)
         run(sent.admit(lease, SYNC))
-        sent.replied(usage, lease, sent_at=limiter.now())
+        sent.replied(usage, lease)
         lease.release()
 
     off = limiter.observe(told.append)
@@ -303,7 +315,7 @@ def test_ten_thousand_conversations_take_bounded_memory_and_no_text_is_kept(
     tracemalloc.stop()
     assert 0.9 * MOST < len(table._entries) <= MOST
     assert size < 4_500_000
-    kept: list[object] = [table._entries, table._trust, table._waiting, *told]
+    kept: list[object] = [table._entries, table._who_relies, table._waiting, *told]
     kept.append(str(limiter.statistics()))
     assert "secret" not in " ".join([*map(repr, kept), caplog.text])
 
