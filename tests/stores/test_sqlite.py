@@ -111,6 +111,21 @@ async def test_held_lock_raises_store_error_within_patience(path: Path) -> None:
         assert await used(ledger) == 1, "what was booked late did not come back"
 
 
+async def test_lock_that_does_not_come_free_ends_the_wait_of_the_thread_at_last(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the interpreter could not end while another process is frozen in a transaction."""
+    monkeypatch.setattr("asyncbucket.stores.sqlite.OPEN_PATIENCE", 0.2)
+    async with opened(path, patience=0.2) as ledger:
+        ledger.patience = 5
+        with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as holder:
+            holder.execute("BEGIN IMMEDIATE")
+            with pytest.raises(StoreError, match="find who holds its write lock") as error:
+                await ledger.commit(ONE)
+        assert "waited" not in str(error.value)
+        assert await used(ledger) == 0
+
+
 async def test_worker_that_joins_waits_as_long_for_a_lock_as_for_a_server(path: Path) -> None:
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as holder:
         holder.execute("BEGIN IMMEDIATE")
