@@ -143,7 +143,10 @@ def audit(*, hosts: Iterable[str] = ()) -> Generator[Audit]:
 
 def _replacing(original: Any, patch: Callable[..., Any]) -> Any:
     # A `functools.partialmethod` would take 4 us for each call.
-    return lambda self, /, *args, **options: patch(self, original, *args, **options)
+    def method(self: Any, /, *args: Any, **options: Any) -> Any:
+        return patch(self, original, *args, **options)
+
+    return method
 
 
 #: It installs a hook once: Python cannot remove it.
