@@ -27,7 +27,7 @@ from asyncbucket.engine.lease import Lease
 from asyncbucket.http.lanes import ReadRequest
 from asyncbucket.levels import calls_with_room, sent
 from asyncbucket.providers.errors import FIRST_ERROR, Verdict, judge_reply, never_sent
-from asyncbucket.providers.prefixes import Prompt
+from asyncbucket.providers.prefixes import Prompt, count_use
 from asyncbucket.providers.request import any_json, is_input_only, reports_own_usage
 from asyncbucket.providers.usage import Usage, find_usage, is_complete, unpacked
 from asyncbucket.waiting import ASYNC, IO
@@ -190,6 +190,8 @@ class Exchange:
             amounts["usd"] = read.price.of(usage)
         if amounts:
             self._lease.settle(**amounts)
+        if usage.cached_tokens or usage.cached_beside or usage.written_tokens:
+            count_use(self._lease, usage, self._profile)
         if self._prompt is not None:
             self._prompt.replied(usage, self._lease)
             self._prompt = None

@@ -70,6 +70,7 @@ from asyncbucket.providers.prefixes import (
     Prefixes,
     Prompt,
     conversation_of,
+    count_use,
     cuts_of,
     read_mode,
 )
@@ -452,6 +453,8 @@ class Pacing:
             # Each request has its own price: long prompts have another, and parts are rounded up.
             used["usd"] = sum(map(requests.price.of, usages))
         lease.settle(**used)
+        if usage.cached_tokens or usage.cached_beside or usage.written_tokens:
+            count_use(lease, usage, self.profile if profile is None else profile)
         observe = getattr(self.estimator, "observe", None)
         if usage.output_tokens and observe is not None:  # embeddings teach nothing
             observe(usage.output_tokens)

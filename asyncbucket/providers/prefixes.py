@@ -263,10 +263,7 @@ class Prompt:
         """Learn which prefixes are warm from the usage in the reply to the call."""
         cached, beside, written = usage.cached_tokens, usage.cached_beside, usage.written_tokens
         read = cached + beside
-        if read or written:
-            saved = beside if self.profile.counts_cached else read
-            count_cached(lease, read=read > 0, written=written > 0, saved=saved)
-        elif self.prefix is None and not self.leads:
+        if not (read or written or self.leads or self.prefix is not None):
             return  # as known
         scale = self.tokens / (usage.input_tokens + beside or 1)
         if (
@@ -284,6 +281,13 @@ class Prompt:
             self.table.end_trial(self)
         if leading is not None:
             leading.set_result(began)
+
+
+def count_use(lease: Lease, usage: Usage, profile: Profile) -> None:
+    """Count a call whose prompt was read from the provider's cache, or written to it."""
+    read = usage.cached_tokens + usage.cached_beside
+    saved = usage.cached_beside if profile.counts_cached else read
+    count_cached(lease, read=read > 0, written=usage.written_tokens > 0, saved=saved)
 
 
 class Prefixes:

@@ -324,3 +324,15 @@ def test_other_modes_are_refused() -> None:
     wrong: Any = "follow"
     with pytest.raises(ValueError, match=r"cache must be .count. or .lead., not 'follow'"):
         Limiter("10 RPM").transport(cache=wrong)
+
+
+async def test_statistics_say_what_a_provider_that_counts_reads_has_read(time: VirtualTime) -> None:
+    details = {"cached_tokens": SHARED}
+    usage = {"prompt_tokens": 21_000, "prompt_tokens_details": details, "total_tokens": 21_010}
+    inner = httpx.MockTransport(lambda _: httpx.Response(200, json={"usage": usage}))
+    limiter = Limiter(itpm=1_000_000, clock=time.clock)
+    body = {"model": "m", "messages": [{"role": "user", "content": text(SHARED + OWN, "a")}]}
+    async with httpx.AsyncClient(transport=limiter.transport(inner)) as client:
+        await client.post("https://api.openai.com/v1/chat/completions", json=body)
+    cache = limiter.statistics().cache
+    assert (cache.reads, cache.writes, cache.saved_tokens) == (1, 0, 0)
