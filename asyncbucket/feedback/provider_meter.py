@@ -12,7 +12,7 @@ replies are seen, a `ProviderMeter` stands beside a limit's `Window`, and learns
 
 - accepted at a backlog V: the size is at least V. It grows by a third of V, up to a tenth of the limit
   while nothing is proven, and at once to the size that is.
-- refused at a backlog V: the size is less than V, and becomes half of it. A larger one is tried
+- refused at a backlog V: the size is less than V, and becomes a third of it. A larger one is tried
   again after four quiet windows.
 
 A refusal at the smallest size means that the rate is too high. It is lowered by a quarter, or by 5 percent if
@@ -49,7 +49,9 @@ _NEAR: Final = 95
 _FAR: Final = 75
 #: So many instants of admission are remembered until their replies come.
 _REMEMBERED: Final = 4_096
-#: No more than this many calls are the smallest backlog, which is not halved.
+#: A refusal cuts the size to this fraction (1/3) of the backlog; no more than so many calls are the
+#: smallest one, which is not cut.
+_CUT: Final = 3
 _FEW: Final = 2
 #: So many windows must be quiet before a larger size is tried.
 _QUIET: Final = 4
@@ -205,7 +207,7 @@ class ProviderMeter(Meter):
         self._waves += 1
         self._rate_at = self._refused_at = now
         if backlog > _FEW * amount:
-            self.size = max(1, min(self.size, backlog // 2))
+            self.size = max(1, min(self.size, backlog // _CUT))
         else:
             is_near = self.rate * 4 > self._limit * 3
             self.rate = max(1, self.rate * (_NEAR if is_near else _FAR) // 100)

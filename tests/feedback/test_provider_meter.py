@@ -58,18 +58,18 @@ def test_size_grows_by_a_third_while_calls_are_accepted_up_to_a_tenth_of_the_lim
     assert not requests.is_moved_by(6)
 
 
-def test_refusal_halves_the_size_and_begins_slowly() -> None:
+def test_refusal_cuts_the_size_to_a_third_and_begins_slowly() -> None:
     requests = meter()
     passing(requests, 0)
     assert requests.refused(1, 0, 1)  # ten were too many
     assert not requests.refused(1, 0, 1)  # of the same wave
-    assert requests.size == 5
+    assert requests.size == 3
     # What passed is taken to be all there is.
-    assert requests.earliest(1, 1) == 600 * MILLISECOND
+    assert requests.earliest(1, 1) == 800 * MILLISECOND
     requests.accepted(0, 2)  # sent before the refusal: tells nothing of it
     requests.accepted(5, 2)  # not booked here
     assert not requests.refused(1, 5, 2)
-    assert requests.size == 5
+    assert requests.size == 3
 
 
 def test_larger_sizes_are_tried_again_after_four_quiet_windows() -> None:

@@ -40,7 +40,7 @@ def shared(refused: float, used: float, rpm: int = 600, others: float = 0.4, **h
         # In slices of ten, four calls of others that come by chance don't always fit: if we took all
         # that they leave, 18 % would be refused.
         shared(0.06, 0.7, by="log", slices=60, hidden=True),
-        shared(0.03, 0.85, rpm=6_000, by="log", slices=60, hidden=True),
+        shared(0.03, 0.84, rpm=6_000, by="log", slices=60, hidden=True),
     ],
 )
 def test_key_is_well_used_and_hardly_a_call_is_refused(
