@@ -500,22 +500,17 @@ class Limiter(EngineLimiter):
 
     def statistics(self) -> Statistics:
         """Return a frozen snapshot: what passed, what waits, and what for; children included."""
-        pacer, order, shadow = (
-            self._node.pacer,
-            self._node.standing.order,
-            self._node.path[-1].bystander,
-        )
-        if isinstance(
-            shadow, Shadow
-        ):  # it books at earlier instants, so before anyone asks the meters
-            with pacer.lock:
+        node, pacer = self._node, self._node.pacer
+        order, shadow = node.standing.order, node.path[-1].bystander
+        if isinstance(shadow, Shadow):
+            with pacer.lock:  # it books at earlier instants, so before anyone asks the meters
                 shadow.play(pacer.clock())
         now = super().statistics()
         with pacer.lock:
             if isinstance(order, Agents):
                 now = replace(now, agents=order.statistics())
-            if isinstance(self._node.bystander, Shadow):
-                now = replace(now, shadow=self._node.bystander.statistics(pacer.clock()))
+            if isinstance(node.bystander, Shadow):
+                now = replace(now, shadow=node.bystander.statistics(pacer.clock()))
         return now
 
     def _make_sizer(self, bounds: tuple[int, int]) -> Sizer:

@@ -38,6 +38,9 @@ from asyncbucket.engine.statistics import ShadowStatistics, Waits
 
 _log: Final = logging.getLogger("asyncbucket")
 
+#: How many calls may wait in the twin, unless ``max_queue`` says so: nobody slows them down there.
+_MOST_WAIT: Final = 10_000
+
 
 class _Call(Lease, Account):
     """A call: an account in reality, a lease in the twin."""
@@ -176,9 +179,10 @@ class Shadow(Account):
         """Return the twin of a limiter, with the limits and terms as they are now."""
         above = None if node.parent is None else self._twin(node.parent)
         twin = self._twins.get(node) or self._twins.setdefault(node, Node(node.name, above))
-        terms = node.standing
-        twin.standing.max_queue, twin.standing.within = terms.max_queue, terms.within
-        if twin.standing.weight != terms.weight:
+        terms, copied = node.standing, twin.standing
+        copied.max_queue = _MOST_WAIT if terms.max_queue is None else terms.max_queue
+        copied.within = terms.within
+        if copied.weight != terms.weight:
             reweigh(twin, terms.weight)
         if twin.limits is not node.limits or twin.slots.most != node.slots.most:
             twin.limits, twin.slots.most = node.limits, node.slots.most

@@ -311,3 +311,14 @@ last.acquire_nowait().release()
         "limiter 'last' in shadow: 0 of 1 calls would have waited, N s per call on average; 0 of "
         "0 refusals would have been prevented\n"
     )
+
+
+def test_line_in_shadow_has_an_end(time: VirtualTime, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing slows the callers down, so the line would grow for as long as they are too many."""
+    monkeypatch.setattr("asyncbucket.shadow._MOST_WAIT", 3)
+    limiter = Limiter("1 RPM", clock=time.clock, shadow=True)
+    for _ in range(9):
+        limiter.acquire_nowait().release()
+    told = limiter.statistics().shadow
+    assert told is not None
+    assert (told.calls, told.would_wait, told.would_fail) == (9, 3, 5)
