@@ -126,12 +126,15 @@ def excess_of(cost: Mapping[str, int], by_way: Iterable[Iterable[tuple[str, int]
 
 def excess_at(lease: Lease, cost: Mapping[str, int]) -> int:
     """Return by how much ``cost`` exceeds what the limits that ``lease`` meets can ever admit."""
-    return excess_of(cost, map(_units, _ways(lease._node)))
+    return excess_of(cost, map(_units, map(_limits, _ways(lease._node))))
 
 
-def _units(way: Iterable[Node]) -> list[tuple[str, int]]:
-    """Return the units of each limit on one of the `ways` of a call, by resource."""
-    limits = [window.limit for node in way for window in tuple(node.limits.values())]
+def _limits(way: Iterable[Node]) -> list[Limit]:
+    """Return the limits on one of the `ways` of a call."""
+    return [window.limit for node in way for window in tuple(node.limits.values())]
+
+
+def _units(limits: Iterable[Limit]) -> list[tuple[str, int]]:
     return [(limit.resource, limit.units) for limit in limits]
 
 
@@ -144,12 +147,9 @@ def in_force(limiter: Limiter) -> InForce:
     if known is not None and [*map(id, known.routes)] == [*map(id, routes)]:
         found: InForce = known
         return found
-    limits = [
-        [window.limit for each in way for window in tuple(each.limits.values())]
-        for way in ways(limiter)
-    ]
+    limits = [*map(_limits, ways(limiter))]
     every = tuple(limit for way in limits for limit in way)
-    units = [[(limit.resource, limit.units) for limit in way] for way in limits]
+    units = [*map(_units, limits)]
     found = InForce(routes, units, every, frozenset(limit.resource for limit in every))
     if None not in routes:
         vars(limiter)["_in_force"] = found

@@ -86,16 +86,17 @@ class Exchange:
         read, headers = self._read, self._provider.headers
         ok = reply.status_code < FIRST_ERROR
         if read.teaches and (not ok or headers.is_due(self._sent_at)):
-            self._learn = functools.partial(
+            learn = functools.partial(
                 headers.read,
                 reply.headers,
                 self._profile,
                 since=self._sent_at,
                 waited=self._lease.waited > 0,
             )
-            if not ok or self._prompt is None or self._prompt.prefix is None:
-                self._learn()
-                self._learn = None
+            if ok and self._prompt is not None and self._prompt.prefix is not None:
+                self._learn = learn
+            else:
+                learn()
         if not ok:
             return await self._refused(reply, request, io)
         if self._provider.refusals.latest:
@@ -152,8 +153,12 @@ class Exchange:
             if "tokens" in used:  # else they would follow
                 self._lease.settle(input_tokens=used["input_tokens"])
             if self._learn is not None:
-                self._learn()
-                self._learn = None
+                self._read_headers(self._learn)
+
+    def _read_headers(self, learn: Callable[[], None]) -> None:
+        """Learn from the headers that have waited, once."""
+        self._learn = None
+        learn()
 
     def _no_usage(self) -> None:
         prompt, self._prompt = self._prompt, None
@@ -172,7 +177,7 @@ class Exchange:
                     usage = find_usage(end, first) or find_usage(head)
                     self._settle(usage and usage | self._early)
             if self._learn is not None:
-                self._learn()
+                self._read_headers(self._learn)
         finally:
             self._lease.release()
             self._no_usage()

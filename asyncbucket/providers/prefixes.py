@@ -266,9 +266,8 @@ class Prompt:
         if not (read or written or self.leads or self.prefix is not None):
             return  # as known
         scale = self.tokens / (usage.input_tokens + beside or 1)
-        if (
-            self.profile.reserves_cached is None
-        ):  # if nobody knows, what is part of the input counts
+        # If nobody knows how it counts, it counts what is part of the input.
+        if self.profile.reserves_cached is None:
             read = beside
         self.table.learn(self, read * scale, written * scale, left_at(lease))
         if self.leading is not None:
