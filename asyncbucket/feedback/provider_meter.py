@@ -26,6 +26,7 @@ law of this limit in place of the window (`Window.give_way`). `asyncbucket.feedb
 calls back by what is left, where others use the same key.
 """
 
+from collections import OrderedDict
 from collections.abc import Mapping
 from fractions import Fraction
 from typing import ClassVar, Final, Self
@@ -320,7 +321,7 @@ class _Backlog:
         #: What has been given back ever.
         self.back = 0
         #: What it was, in units, with all that was booked at an instant.
-        self.sent: dict[int, int] = {}
+        self.sent: OrderedDict[int, int] = OrderedDict()
 
     def leak(self, now: int, rate: int) -> None:
         if now > self._at:
@@ -331,7 +332,7 @@ class _Backlog:
         if when not in self.sent:
             self.sent[when] = -(-self._units // self._window)
             if len(self.sent) > _REMEMBERED:
-                del self.sent[next(iter(self.sent))]
+                self.sent.popitem(last=False)
         self.sent[when] += amount
         self._units += amount * self._window
 

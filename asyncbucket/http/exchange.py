@@ -209,41 +209,49 @@ class _ReplyBody:
 
     def __init__(self, inner: Any, exchange: Exchange) -> None:
         self._inner = inner
-        self._exchange = exchange
+        self._exchange: Exchange | None = exchange
+
+    def _end(self, *, complete: bool) -> None:
+        """Let go of the exchange, too: a reply is part of a cycle, and may be kept for long."""
+        exchange, self._exchange = self._exchange, None
+        if exchange is not None:
+            exchange.body_ended(complete=complete)
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         complete = False
         try:
             async for chunk in self._inner:
-                self._exchange.chunk_received(chunk)
+                if self._exchange is not None:
+                    self._exchange.chunk_received(chunk)
                 yield chunk
             complete = True
         finally:
-            self._exchange.body_ended(complete=complete)
+            self._end(complete=complete)
 
     def __iter__(self) -> Iterator[bytes]:
         try:
             for chunk in self._inner:
-                self._exchange.chunk_received(chunk)
+                if self._exchange is not None:
+                    self._exchange.chunk_received(chunk)
                 yield chunk
         except GeneratorExit:
             raise  # perhaps from the collector, amid the limiter's work: `close` may follow
         except BaseException:
-            self._exchange.body_ended(complete=False)
+            self._end(complete=False)
             raise
-        self._exchange.body_ended(complete=True)
+        self._end(complete=True)
 
     async def aclose(self) -> None:
         try:
             await self._inner.aclose()
         finally:
-            self._exchange.body_ended(complete=False)
+            self._end(complete=False)
 
     def close(self) -> None:
         try:
             self._inner.close()
         finally:
-            self._exchange.body_ended(complete=False)
+            self._end(complete=False)
 
 
 class _RequestBody:

@@ -62,6 +62,7 @@ LOW_DETAIL_IMAGE_TOKENS: Final = 85
 #: Bytes of sound or of a file per token: a guess that the usage corrects.
 _BYTES_PER_TOKEN: Final = 64
 
+_DECODER: Final = json.JSONDecoder()
 #: Tokens expected before any reply; LlamaIndex assumes as many, too.
 FORESEEN: Final = 256
 #: The share of replies that are to be no longer than the forecast, and how many are remembered.
@@ -174,9 +175,10 @@ def read_json(content: bytes | None) -> Mapping[str, Any]:
 
 def any_json(content: bytes) -> object:
     """Return what ``content`` is as JSON; None if it is none."""
-    with contextlib.suppress(ValueError, RecursionError):
-        return json.loads(content)
-    return None
+    try:
+        return _DECODER.decode(content.decode())  # `json.loads` would guess the encoding first
+    except (ValueError, RecursionError):
+        return None
 
 
 def request_size(path: str, body: Mapping[str, Any]) -> RequestSize:

@@ -20,7 +20,9 @@ import pytest
 
 from asyncbucket import Cost, Limiter, WouldBlock, tenant
 from asyncbucket.attempt import Attempt, is_running
+from asyncbucket.engine.lease import Lease
 from asyncbucket.http import Call, Profile, Told, Usage
+from asyncbucket.http.exchange import Exchange
 from asyncbucket.testing import RateLimitedProvider, VirtualClock, VirtualTime
 from asyncbucket.waiting import ASYNC, IO, SYNC, run
 from tests.http.conftest import Server, answering, chunked, client_over, either_io, in_flight, used
@@ -54,6 +56,8 @@ async def test_slot_is_held_for_the_body(library: Any, limiter: Limiter, io: IO,
         if way in ("half read", "closed unread"):
             for _ in range(2):
                 await io.close(reply)
+        if way == "half read":
+            assert await io.next_item(chunks, None) == REPLY  # what is read on passes
 
     client = client_over(
         library, limiter, lambda _: library.Response(200, stream=body), io=io, profile="generic"
@@ -182,6 +186,18 @@ async def test_request_sent_several_times_at_once_is_admitted_each_time(library:
         replies = await asyncio.gather(*(client.send(request) for _ in range(3)))
     assert {(reply.request, reply.request.stream) for reply in replies} == {(request, body)}
     assert (limiter.statistics().admitted, in_flight(limiter)) == (3, 0)
+
+
+@either_io
+async def test_reply_that_is_kept_keeps_nothing_of_its_call(
+    library: Any, limiter: Limiter, io: IO
+) -> None:
+    """Else each call would wait for the garbage collector: a reply is part of a cycle."""
+    client = client_over(library, limiter, answering(library, REPLY), io=io, profile="generic")
+    gc.collect()
+    reply = await io.call(client.post, URL, json=BODY)
+    assert [each for each in gc.get_objects() if isinstance(each, (Exchange, Lease))] == []
+    assert (reply.content, used(limiter, "tokens")) == (REPLY, 97)
 
 
 async def test_event_stream_of_a_get_holds_no_slot(library: Any, limiter: Limiter) -> None:
