@@ -368,8 +368,8 @@ def observe_remaining(
 def call_accepted(lease: Lease) -> None:
     """Tell what learns how a provider counts that it has accepted a call."""
     when = lease.began("ok")
-    learning: list[Any] = [meter for meter, _ in lease._route.meters if meter.learns]
-    moved = [meter for meter in learning if meter.is_moved_by(when)]
+    meters: Any = lease._route.meters
+    moved = [meter for meter, _ in meters if meter.learns and meter.is_moved_by(when)]
     if moved:
         node = lease._node
         with node.pacer.lock:

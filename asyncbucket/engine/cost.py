@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Final, Self
+from typing import Any, Final, Self
 
 from asyncbucket.engine.wording import MICRO, USD, in_given_unit, is_number, shown
 
@@ -97,6 +97,9 @@ class Cost(Mapping[str, int]):
 
     def __getitem__(self, resource: str) -> int:
         return self._amounts[resource]
+
+    def get(self, resource: str, default: Any = None) -> Any:  # quicker than the mapping's
+        return self._amounts.get(resource, default)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._amounts)

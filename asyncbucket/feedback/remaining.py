@@ -76,6 +76,8 @@ class Remaining:
         #: What others take; a short observation does not tell how much they take in a day.
         self.others = Others(limit)
         self._has_reserve = with_reserve
+        #: Whether others are known to take something; nothing is if replies tell of several meters.
+        self._leaves_to_others = False
         #: What the latest report said was left, at least and at most.
         self._reported = 0, limit.units
         #: When more was left than can have come back, the latest few times.
@@ -122,6 +124,8 @@ class Remaining:
             taken = max(self._ours.available(now), left) - high  # its limit may be above ours
             uncertainty = booked_since + rounding
             self.others.update(high, now, before, taken, uncertainty, at_most=self._missing)
+        several = len(self._jumps) == _JUMPS and now < self._jumps[0] + self.window
+        self._leaves_to_others = self.others.estimate > 0 and not several
 
     def booked_since(self, when: int) -> int:
         """Return what we booked after that."""
@@ -193,12 +197,6 @@ class Remaining:
             return None
         most = max(level, self._most_left * self.window, needed)
         return min(level + max(0, now - at) * self._growth, most)
-
-    @property
-    def _leaves_to_others(self) -> bool:
-        """Whether others are known to take something; nothing is if replies tell of several meters."""
-        several = len(self._jumps) == _JUMPS and self._last_report < self._jumps[0] + self.window
-        return self.others.estimate > 0 and not several
 
     def _needed_level(self, amount: int) -> int:
         """Return the level at which ``amount`` may pass."""

@@ -106,9 +106,7 @@ class Exchange:
         if method == "GET" and "text/event-stream" in reply.headers.get("content-type", ""):
             self._lease.release()
         elif (
-            read.prompt is not None
-            or read.price is not None
-            or read.lane.needs_usage(self._profile)
+            read.prompt is not None or read.price is not None or read.needs_usage(self._profile)
         ) and reports_own_usage(method, read.call.path):
             self._tail = _Tail(_encoding_of(reply))
         if reply.is_closed:  # it came with its body, or a transport beneath has read it

@@ -15,6 +15,7 @@ from asyncbucket.engine.cost import Cost
 from asyncbucket.engine.limiter import Limiter
 from asyncbucket.engine.wording import USD, shown
 from asyncbucket.levels import (
+    InForce,
     capped,
     effective_limiter,
     in_force,
@@ -71,16 +72,13 @@ class Lane:
     #: What its providers have in their prompt caches; None for a pool, whose members have their own.
     prefixes: Prefixes | None
 
-    def needs_usage(self, profile: Profile) -> bool:
-        """Tell whether a reply's usage corrects a limit in force, or a budget."""
-        limited = in_force(effective_limiter(self.limiter)).resources
-        return not limited.isdisjoint(profile.settles) or not _TOKENS.isdisjoint(capped())
-
 
 class ReadRequest(NamedTuple):
     """A request as its profile sees it."""
 
     lane: Lane
+    #: What limits it.
+    limits: InForce
     call: Call
     profile: Profile
     #: None if it needs no admission.
@@ -100,6 +98,11 @@ class ReadRequest(NamedTuple):
         """Return who answers, and its profile: in a pool, of the member that took the call."""
         provider = self.lane.providers[member]
         return provider, provider.profile or self.profile
+
+    def needs_usage(self, profile: Profile) -> bool:
+        """Tell whether its reply's usage corrects a limit, or a budget."""
+        limited = self.limits.resources
+        return not limited.isdisjoint(profile.settles) or not _TOKENS.isdisjoint(capped())
 
 
 @dataclass(eq=False)
@@ -175,7 +178,7 @@ class Lanes:
             cost, price = priced(lane.limiter, call, cost)
         in_memory = content is not None
         return ReadRequest(
-            lane, call, profile, cost, prompt, conversation, price, teaches, in_memory
+            lane, limits, call, profile, cost, prompt, conversation, price, teaches, in_memory
         )
 
     def _prefix(

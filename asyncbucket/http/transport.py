@@ -400,9 +400,12 @@ def _refused(request: Any, error: AsyncBucketError) -> Any:
 
 def _can_be_resent(request: Any, read: ReadRequest) -> bool:
     """Tell whether a request's body can be sent once more: it is in memory, or a form with files."""
+    if read.in_memory:
+        return True
     is_form = type(request.stream).__name__ == "MultipartStream"
-    # A file of unknown length cannot be rewound.
-    return read.in_memory or (is_form and "content-length" in request.headers)
+    return (
+        is_form and "content-length" in request.headers
+    )  # a file of unknown length cannot be rewound
 
 
 def _notes_on(refused: RefusedReply) -> str:

@@ -6,7 +6,6 @@ the model counts: messages, instructions, tools and formats. Pictures, sound and
 constants and by size, because in JSON they are base64 and not text; a document may be text.
 """
 
-import contextlib
 import json
 import math
 import re
@@ -187,10 +186,12 @@ def request_size(path: str, body: Mapping[str, Any]) -> RequestSize:
     writes = path.endswith(_OUTPUT_PATHS) or _BEDROCK_PATH.fullmatch(path) is not None
     found = RequestSize(writes=writes, replies=replies_of(body))
     if writes or is_input_only(path):
-        with contextlib.suppress(RecursionError):  # nested deeper than any real call
+        try:
             for name, value in body.items():
                 if name in _MEMBERS:
                     _MEMBERS[name](found, value)
+        except RecursionError:  # nested deeper than any real call
+            pass
     return found
 
 
@@ -211,7 +212,7 @@ def reports_own_usage(method: str, path: str) -> bool:
 def replies_of(body: Mapping[str, Any]) -> int:
     """Return how many replies a call with the JSON ``body`` asks for, to all its prompts."""
     per_prompt = 1
-    for holder in (body, *map(body.get, _OPTIONS)):
+    for holder in filter(None, (body, *map(body.get, _OPTIONS))):
         for name in _REPLY_COUNTS:
             count = holder.get(name) if isinstance(holder, dict) else None
             if count is not None and is_positive_integer(count):
