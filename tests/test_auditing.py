@@ -278,6 +278,8 @@ def test_command_names_each_call_and_exits_with_3(tmp_path: Path) -> None:
         2,
         "error: no script or command '/nowhere' is found; or give -m MODULE\n",
     )
+    status, said = audited("--", "env", "python", "app.py")
+    assert (status, said[:33]) == (2, "error: env is no Python program, ")
 
 
 def test_command_waits_for_threads_that_still_call(tmp_path: Path) -> None:

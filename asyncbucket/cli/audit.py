@@ -59,8 +59,19 @@ def _program(command: list[str]) -> partial[Any]:
         case ["-m", module, *_]:
             sys.argv, sys.path[0] = command[1:], str(Path.cwd())
             return partial(runpy.run_module, module, alter_sys=True)
-        case [name, *_] if file := name if Path(name).is_file() else shutil.which(name):
+        case [name, *_] if file := name if Path(name).is_file() else _command(name):
+            with Path(file).open("rb") as program:
+                if not file.endswith(".py") and b"python" not in program.read(400):
+                    raise ValueError(
+                        f"{name} is no Python program, and what it starts is not watched: give the program "
+                        f"after --, as in `uv run asyncbucket audit -- python app.py`"
+                    )
             sys.argv, sys.path[0] = [file, *command[1:]], str(Path(file).parent.resolve())
             return partial(runpy.run_path, file)
         case _:
             raise ValueError(f"no script or command {command[0]!r} is found; or give -m MODULE")
+
+
+def _command(name: str) -> str | None:
+    """Return where a command is: beside this Python, or else on the search path."""
+    return shutil.which(name, path=Path(sys.executable).parent) or shutil.which(name)
