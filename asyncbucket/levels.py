@@ -307,7 +307,7 @@ def meet_provider(limiter: Limiter) -> None:
                     find_provider_meter(node, window)
 
 
-def observe_remaining(
+def observe_remaining(  # noqa: PLR0913 - what a reply says, each by keyword
     limiter: Limiter,
     remaining: int,
     *,
@@ -315,6 +315,7 @@ def observe_remaining(
     per: float,
     limit: int | None = None,
     since: float | None = None,
+    own: int = 0,
     rounding: int = 0,
     full_in: tuple[int, int] | None = None,
 ) -> None:
@@ -331,6 +332,7 @@ def observe_remaining(
         limit: the provider's own limit, if it says.
         since: when the call with this answer was sent, in seconds of the limiter's clock; calls
             sent later may or may not be counted in ``remaining`` yet.
+        own: what that call itself has booked: it is counted.
         rounding: by how many units ``remaining`` may have been rounded down.
         full_in: in how many nanoseconds all is back, if the provider says, and by how many that may
             be off.
@@ -349,6 +351,7 @@ def observe_remaining(
             now,
             limit=limit,
             since=None if since is None else nanoseconds(since, "since"),
+            own=own,
             rounding=rounding,
             full_in=full_in,
         )
@@ -402,10 +405,14 @@ def call_refused(lease: Lease, limiter: Limiter, resource: str | None) -> None:
     with node.pacer.lock:
         passed: list[Any] = [pair for pair in node.extra if pair in lease._route.meters]
         learning = [pair for pair in passed if pair[0].learns]
-        blamed = [pair for pair in learning if pair[1] == resource] or learning
+        now, amounts = node.pacer.clock(), lease._amounts
+        empty = [
+            pair for pair in learning if pair[0].has_room(amounts.get(pair[1], 0), now) is False
+        ]
+        blamed = [pair for pair in learning if pair[1] == resource] or empty or learning
         if blamed:
             meter, counts = max(blamed, key=lambda pair: pair[0].pressure(when))
-            if meter.refused(lease._amounts.get(counts, 0), when, node.pacer.clock()):
+            if meter.refused(amounts.get(counts, 0), when, now):
                 _tell_belief(node, meter)
 
 
@@ -445,7 +452,8 @@ def find_provider_meter(node: Node, window: Window) -> Any:
 
     for meter in node.beside(window.limit.key):
         return meter
-    found = ProviderMeter.of(window)
+    began = 0 if window.was_used else node.pacer.clock()
+    found = ProviderMeter.of(window, began)
     node.extra = (*node.extra, (found, window.limit.resource))
     node.pacer.limits_changed_locked(node)
     return found

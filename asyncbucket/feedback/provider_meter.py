@@ -53,6 +53,8 @@ _REMEMBERED: Final = 4_096
 #: A refusal cuts the size to this fraction (1/3) of the backlog; no more than so many calls are the
 #: smallest one, which is not cut.
 _CUT: Final = 3
+#: To how many eighths it cuts the size of a proven bucket that was empty.
+_LESS: Final = 7
 _FEW: Final = 2
 #: So many windows must be quiet before a larger size is tried.
 _QUIET: Final = 4
@@ -73,11 +75,12 @@ class ProviderMeter(Meter):
 
     Args:
         limit: the limit, as the user told it, or as the provider announced it.
+        began: since when (ns) calls are booked here.
     """
 
     learns: ClassVar[bool] = True
 
-    def __init__(self, limit: Limit) -> None:
+    def __init__(self, limit: Limit, began: int = 0) -> None:
         self.limit, self.window = limit, limit.window
         self.is_paced = limit.window <= _LONG
         #: The provider's limit, as it says; and what it gives back in a window, as far as known.
@@ -96,11 +99,12 @@ class ProviderMeter(Meter):
         #: Since when (ns) that is believed which is, and how many replies or refusals had shown it.
         self._believed = 0, 0
         self._remaining = Remaining(limit, self._proof, with_reserve=self.is_paced)
+        self._began = began
 
     @classmethod
-    def of(cls, window: Window) -> Self:
+    def of(cls, window: Window, began: int = 0) -> Self:
         """Return one of the limit that ``window`` keeps, with what was booked there."""
-        meter = cls(window.limit)
+        meter = cls(window.limit, began)
         for date, units in window.log.entries():
             if units:
                 meter.book(units, date)
@@ -205,9 +209,15 @@ class ProviderMeter(Meter):
         self._backlog.sent[when] -= amount
         if when < self._refused_at:
             return False
-        self._waves += 1
+        was_quiet = self._refused_at < 0 or now > self._refused_at + _QUIET * self.window
         self._rate_at = self._refused_at = now
-        if backlog > _FEW * amount:
+        is_full = self.proven > 0 and self.has_room(amount, now) is False
+        if was_quiet and is_full:
+            return False  # once, that calls came at another time than was thought explains it
+        self._waves += 1
+        if backlog > _FEW * amount and is_full:
+            self.size = max(1, min(self.size, backlog) * _LESS // 8)
+        elif backlog > _FEW * amount:
             self.size = max(1, min(self.size, backlog // _CUT))
         else:
             is_near = self.rate * 4 > self._limit * 3
@@ -245,6 +255,7 @@ class ProviderMeter(Meter):
         *,
         limit: int | None = None,
         since: int | None = None,
+        own: int = 0,
         rounding: int = 0,
         full_in: tuple[int, int] | None = None,
     ) -> bool:
@@ -255,6 +266,7 @@ class ProviderMeter(Meter):
             now: the instant.
             limit: the provider's limit, if it says.
             since: when the call was sent that the reply answers; now, if that is not known.
+            own: what that call has booked.
             rounding: by how many units ``left`` may have been rounded down.
             full_in: in how many nanoseconds all is back (T), and by how many that may be off.
         """
@@ -265,20 +277,31 @@ class ProviderMeter(Meter):
             self.rate, self.announced = max(1, min(self.rate, limit)), limit
             self._proof.agreed.clear()
         sent = now if since is None else since
-        is_news = self._is_news(left, now, sent, rounding, full_in)
+        if sent < self._began:  # others of our calls left before any was booked here
+            self.book(max(0, self._limit - left - self._remaining.booked(now)), now)
+            self.size = max(self.size, min(self._backlog.level(now, self.rate) + 1, self._top))
+        is_news = self._is_news(left, now, sent, own, rounding, full_in)
         if is_news:
             self._believed = now, self._proof.heard if self.kind else self._waves
-            self.size = min(self.size, self._top)
+            is_sure = self.proven and not self._waves
+            self.size = self._top if is_sure else min(self.size, self._top)
             self._remaining.restart()
         self._remaining.hear(
             *(left, now, self._limit, sent),
+            own=own,
             ours=self._backlog.level(now, self.rate),
             rounding=rounding,
         )
         return is_news or self._limit != before
 
     def _is_news(
-        self, left: int, now: int, sent: int, rounding: int, full_in: tuple[int, int] | None
+        self,
+        left: int,
+        now: int,
+        sent: int,
+        own: int,
+        rounding: int,
+        full_in: tuple[int, int] | None,
     ) -> bool:
         """Tell whether such a reply to a call that was ``sent`` then proves or disproves anything."""
         rate = self.announced
@@ -286,7 +309,7 @@ class ProviderMeter(Meter):
             span, off = full_in
             missing, back = (rate * max(0, span - off), rate * (span + off)), now * rate
         else:
-            since = self._remaining.booked_since(sent)
+            since = self._remaining.booked_since(sent, own)
             booked = self._remaining.booked(now) - since
             if left <= rate - booked + rate // _DOUBT:
                 return False  # a log may say the same

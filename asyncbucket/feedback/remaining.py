@@ -47,6 +47,10 @@ _MEMORY: Final = 2
 _LEAST: Final = 20
 #: By how much (ns) a provider may count a call later than we do.
 _LATE: Final = 100_000_000
+#: But no longer than this fraction (1/8) of the time in which comes back what a call takes.
+_LATER: Final = 8
+#: Calls that leave so close together (ns) may arrive in another order.
+_REORDERED: Final = 200_000_000
 #: Where calls are to come evenly, this fraction (1/10) of a window's worth may pass at once.
 _AT_ONCE: Final = 10
 #: So many times in a window, this fraction (1/4) of the limit more is left than can have come back.
@@ -84,7 +88,15 @@ class Remaining:
         self._jumps: list[int] = []
 
     def hear(
-        self, left: int, now: int, amount: int, since: int, *, ours: int = 0, rounding: int = 0
+        self,
+        left: int,
+        now: int,
+        amount: int,
+        since: int,
+        *,
+        own: int = 0,
+        ours: int = 0,
+        rounding: int = 0,
     ) -> None:
         """Correct the expectation by what a reply says.
 
@@ -93,6 +105,7 @@ class Remaining:
             now: the instant.
             amount: the limit, the provider's or ours, whichever is lower.
             since: when the call was sent that the reply answers.
+            own: what that call has booked.
             ours: what a bucket lacks because of us.
             rounding: by how many units ``left`` may have been rounded down.
         """
@@ -100,8 +113,8 @@ class Remaining:
             self.amount = amount
             self._ours.reshape(replace(self._ours.limit, amount=amount, burst=amount), now)
             self._level, self._missing = None, 0
+        booked_since = self.booked_since(since, own)
         proven, before = self._proof.size, now if self._level is None else self._last_report
-        booked_since = self.booked_since(since)
         back = -(-self.amount * max(0, now - since) // self.window)
         low, high = left - booked_since, min(left + rounding + back, proven or left + self.amount)
         flown_in = self.amount * (now - self._last_report) // self.window
@@ -127,9 +140,10 @@ class Remaining:
         several = len(self._jumps) == _JUMPS and now < self._jumps[0] + self.window
         self._leaves_to_others = self.others.estimate > 0 and not several
 
-    def booked_since(self, when: int) -> int:
-        """Return what we booked after that."""
-        return sum(units for date, units in self._ours.log.entries() if date > when)
+    def booked_since(self, when: int, own: int) -> int:
+        """Return what a reply to a call may not have counted: what we booked since, but for its ``own``."""
+        entries = self._ours.log.entries()
+        return max(0, sum(units for date, units in entries if date > when - _REORDERED) - own)
 
     def booked(self, now: int) -> int:
         """Return what we booked in the window that ends now."""
@@ -152,7 +166,9 @@ class Remaining:
             return now
         when = now
         if needed > level and self._proof.kind != "window":  # nothing flows in to those
-            when = max(now, self._level_at) - -(needed - level) // self._growth
+            # As much later as the network may bring calls closer together.
+            late = min(_LATE, needed // self._growth // _LATER) if self._proof.size else 0
+            when = max(now, self._level_at) - -(needed - level) // self._growth + late
         reserve = self._reserve(amount)
         if reserve:
             when = max(when, self._earliest_evenly(min(amount, self.amount), now, reserve))

@@ -25,7 +25,7 @@ from typing import Any, Final
 from asyncbucket.attempt import Attempt, answered, end_failed, end_refused, take_refusal
 from asyncbucket.engine.lease import Lease
 from asyncbucket.http.lanes import ReadRequest
-from asyncbucket.levels import calls_with_room, sent
+from asyncbucket.levels import amounts_of, calls_with_room, sent
 from asyncbucket.providers.errors import FIRST_ERROR, Verdict, judge_reply, never_sent
 from asyncbucket.providers.prefixes import Prompt, count_use
 from asyncbucket.providers.request import any_json, is_input_only, reports_own_usage
@@ -91,7 +91,7 @@ class Exchange:
                 reply.headers,
                 self._profile,
                 since=self._sent_at,
-                waited=self._lease.waited > 0,
+                own=amounts_of(self._lease),
             )
             if ok and self._prompt is not None and self._prompt.prefix is not None:
                 self._learn = learn

@@ -29,7 +29,7 @@ from asyncbucket.engine.limiter import Limiter
 from asyncbucket.http.endpoints import Endpoints, Sites
 from asyncbucket.http.exchange import Exchange, library_of, request_body
 from asyncbucket.http.lanes import Lanes, ReadRequest, Routing
-from asyncbucket.levels import counts_at, is_in_shadow, on_one_path
+from asyncbucket.levels import amounts_of, counts_at, is_in_shadow, on_one_path
 from asyncbucket.pools import Pool
 from asyncbucket.providers.errors import RefusedReply
 from asyncbucket.providers.prefixes import CacheMode, read_mode
@@ -237,16 +237,16 @@ class PacedTransport(_AnyTransport):
 
     async def _send_paid(self, request: Any, read: ReadRequest, io: IO, send: Any) -> Any:
         """Send a request that needs no admission, or has one already."""
-        member = None
+        held, member = paying(read.lane.limiter), None
+        lease = None if held is None else held.lease
         if self._sites is not None:  # it goes to the member that was paid, if one was
-            held = paying(read.lane.limiter)
-            lease = None if held is None else held.lease
             paid = (each for each in self._sites.hosts if lease and counts_at(lease, each))
             member = next(paid, self._sites.owner(request.url))
         (provider, profile), sent_at = read.at(member), read.lane.limiter.now()
         reply = await io.call(send, self._routed(request, read, member))
         if read.teaches:
-            provider.headers.read(reply.headers, profile, since=sent_at)
+            own = None if lease is None else amounts_of(lease)
+            provider.headers.read(reply.headers, profile, since=sent_at, own=own)
         return reply
 
     async def _send_once(

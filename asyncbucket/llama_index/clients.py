@@ -34,6 +34,7 @@ from typing import Any, Final, TypeVar
 
 from asyncbucket.attempt import IN_PROGRESS, Attempt
 from asyncbucket.engine.wording import warn_user
+from asyncbucket.levels import amounts_of
 from asyncbucket.llama_index.pacing import Pacing, Requests
 from asyncbucket.providers.learn import HeaderReader
 from asyncbucket.providers.profiles import profile_of
@@ -78,12 +79,12 @@ def _tracer(attempt: Attempt, host: str) -> Callable[..., Coroutine[Any, Any, No
         if event.endswith(_BODY_STARTED):
             requests.sent(attempt)
         elif event.endswith(_HEADERS_RECEIVED) and reader is not None:
-            sent_at, lease = requests.sent_at, attempt.lease
+            sent_at = requests.sent_at
             if sent_at is not None and reader.is_due(sent_at):
                 parts = info["return_value"]  # HTTP/1.1 has more parts than HTTP/2
                 headers = next((part for part in parts if isinstance(part, list)), [])
-                waited = lease is not None and lease.waited > 0
-                reader.read(headers, profile, since=sent_at, waited=waited)
+                own = {} if attempt.lease is None else amounts_of(attempt.lease)
+                reader.read(headers, profile, since=sent_at, own=own)
 
     return trace
 

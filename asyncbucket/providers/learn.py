@@ -19,7 +19,7 @@ import logging
 import math
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final, Literal, TypeAlias
@@ -50,8 +50,6 @@ _HeaderIndex: TypeAlias = dict[bytes, tuple[Told | None, str]]
 _READS_PER_WINDOW: Final = 6_000
 #: So many replies with numbers are read even if they follow at once: they say how it counts.
 _READ_FIRST: Final = 64
-#: If calls wait, many leave at once: calls this close together (s) may arrive in another order.
-_REORDERING_LAG: Final = 0.2
 _SECOND: Final = 1_000_000_000
 #: What is longer is no number, no duration and no date.
 _LONGEST: Final = 64
@@ -127,7 +125,12 @@ class HeaderReader:
         return self._unread > 0 or now >= self._ignore_until
 
     def read(
-        self, headers: Any, profile: Profile, *, since: float | None = None, waited: bool = False
+        self,
+        headers: Any,
+        profile: Profile,
+        *,
+        since: float | None = None,
+        own: Mapping[str, int] | None = None,
     ) -> None:
         """Read the headers of a reply to a call that was sent at ``since``.
 
@@ -135,18 +138,16 @@ class HeaderReader:
             headers: httpx's or httpx2's headers, or pairs of bytes.
             profile: which headers mean what.
             since: in seconds of the limiter's clock.
-            waited: whether the call had waited, and left together with others.
+            own: what the call has booked; the reply has counted that.
         """
         if not self.learns or not profile.tells:
             return
-        if waited and since is not None:
-            since -= _REORDERING_LAG
         reports, wall = _read_reports(headers, profile)
         for report in reports.values():
             self._complete(report)
         self._adopt(reports.values())
         for report in reports.values():
-            self._report(report, since, wall)
+            self._report(report, since, wall, (own or {}).get(report.told.resource, 0))
         tells = any(report.reset for report in reports.values())
         self._unread = max(0, self._unread - 1) if tells else 0
         if since is not None:
@@ -169,7 +170,7 @@ class HeaderReader:
         else:
             report.per = seconds
 
-    def _report(self, report: "_Report", since: float | None, wall: float | None) -> None:
+    def _report(self, report: "_Report", since: float | None, wall: float | None, own: int) -> None:
         """Tell the limiter what is left of the limit with that amount, or else the nearest one.
 
         Of several that are as near, it is the highest limiter's.
@@ -191,6 +192,7 @@ class HeaderReader:
             per=limit.per,
             limit=None if amount == math.inf else int(amount),
             since=since,
+            own=own,
             rounding=report.rounding,
             full_in=read_reset(report.reset, wall),
         )
@@ -245,8 +247,9 @@ def read_reset(value: bytes, wall: float | None = None) -> tuple[int, int] | Non
     if _DATE.fullmatch(value):
         with contextlib.suppress(ValueError):  # a 31st of February
             seconds = datetime.fromisoformat(value.decode()).timestamp()
-            seconds -= time.time() if wall is None else wall
-            return round(max(0.0, seconds) * _SECOND), _SECOND
+            # Both dates have whole seconds: that of the reset may be rounded up, the other is cut off.
+            seconds -= (time.time() if wall is None else wall) + 0.5
+            return round(max(0.0, seconds) * _SECOND), 3 * _SECOND // 2
     found = _DURATION.fullmatch(value + b"s" if value[-1:].isdigit() else value)
     if not value or found is None:
         return None

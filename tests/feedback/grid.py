@@ -127,7 +127,7 @@ ROWS: Final[dict[str, Row]] = {
     ),
     "others, bucket": Row(shared("bucket"), STEADY, refused=20, others=0.1),
     "others, log": Row(shared("log"), STEADY, refused=40, over=1.6, others=0.1),
-    "others, shown slices": Row(shared("log", slices=6), STEADY, refused=40, over=1.5),
+    "others, shown slices": Row(shared("log", slices=6), STEADY, refused=40, over=1.55),
 }
 
 

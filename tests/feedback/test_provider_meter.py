@@ -121,14 +121,14 @@ def test_lowered_rate_comes_back_by_an_eighth_of_what_it_lacks_every_five_second
 
 
 def replies(
-    meter: ProviderMeter, *told: tuple[int, float], now: int = 0, apart: int = 0
+    meter: ProviderMeter, *told: tuple[int, float], now: int = 0, apart: int = 0, own: int = 0
 ) -> list[bool]:
     """Hear what remains, and in how many seconds all is back."""
     changed = []
     for left, seconds in told:
         now += apart
         span = round(seconds * SECOND), 10 * MILLISECOND
-        changed.append(meter.heard(left, now, limit=600, since=now, full_in=span))
+        changed.append(meter.heard(left, now, limit=600, since=now, own=own, full_in=span))
     return changed
 
 
@@ -161,7 +161,7 @@ def test_proven_bucket_is_used_whole_and_no_more() -> None:
     requests, passed, now = meter(), 0, 0
     while passed < 600:
         passed += passing(requests, now)
-        replies(requests, (600 - passed, passed / 10), now=now)
+        replies(requests, (600 - passed, passed / 10), now=now, own=passed)
         requests.accepted(now, now)
         assert now < 12
         now += 1
@@ -171,6 +171,28 @@ def test_proven_bucket_is_used_whole_and_no_more() -> None:
     requests.refused(1, later, later + 1)  # others have taken it
     belief = requests.belief
     assert (belief and belief.kind, belief and belief.size) == ("bucket", 600)
+
+
+def test_what_left_before_the_limit_was_known_is_taken_for_ours_not_for_others() -> None:
+    """Of forty calls that leave at once, the first reply tells the limit; the others come out of order."""
+    requests = ProviderMeter(Limit.parse("600 RPM"), SECOND)
+    for left in (585, 598, 560, 571, 589):
+        requests.heard(left, SECOND, limit=600, since=0)
+    assert requests._remaining.others.estimate == 0
+    assert requests.available(SECOND) == 1  # as many as have passed at once, and one more
+    assert passing(requests, 3 * SECOND) == 21
+
+
+def test_one_refusal_of_a_proven_bucket_that_was_empty_is_explained_by_the_network() -> None:
+    requests, sizes = meter(), list[int]()
+    replies(requests, *((60 - n, n / 10) for n in range(1, 9)))
+    for minute in range(1, 4):
+        now = minute * MINUTE
+        passing(requests, now)
+        requests.heard(0, now, limit=600, since=now, own=60)
+        assert requests.refused(1, now, now + 1) == (minute > 1)
+        sizes.append(requests.size)
+    assert sizes == [60, 50, 43]
 
 
 def test_contradicted_proof_is_given_up_and_another_limit_is_followed() -> None:

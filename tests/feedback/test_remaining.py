@@ -22,8 +22,8 @@ def told(left: int | None = None, *, amount: int = 600, per: float = 60) -> Rema
     return remaining
 
 
-def hear(remaining: Remaining, left: int, now: int, *, amount: int = 600) -> None:
-    remaining.hear(left, now, amount, now)
+def hear(remaining: Remaining, left: int, now: int, *, amount: int = 600, own: int = 0) -> None:
+    remaining.hear(left, now, amount, now, own=own)
 
 
 def take(remaining: Remaining, amount: int, now: int) -> bool:
@@ -33,7 +33,7 @@ def take(remaining: Remaining, amount: int, now: int) -> bool:
     return passes
 
 
-#: What is done to sixty that are left of 600 a minute: verb, units, when; what is left then.
+#: What is done to sixty that are left of 600 an hour: verb, units, at which second; what is left then.
 DONE: dict[str, tuple[list[tuple[str, int, int]], int]] = {
     "a call and its refund": ([("book", 30, 1), ("unbook", 30, 1)], 60),
     "a debt": ([("book", 70, 1)], -10),
@@ -47,14 +47,14 @@ DONE: dict[str, tuple[list[tuple[str, int, int]], int]] = {
 
 @pytest.mark.parametrize("done", DONE)
 def test_what_is_left_after(done: str) -> None:
-    remaining = told(60)
+    remaining = told(60, per=3_600)
     moves, available = DONE[done]
-    for verb, units, when in moves:
+    for verb, units, second in moves:
         if verb == "hear":
-            hear(remaining, units, when)
+            hear(remaining, units, second * SECOND)
         else:
-            getattr(remaining, verb)(units, when)
-    assert remaining.available(3) == available
+            getattr(remaining, verb)(units, second * SECOND)
+    assert remaining.available(3 * SECOND) == available
 
 
 def test_all_passes_until_the_provider_says_what_is_left_then_that_and_what_flows_in() -> None:
@@ -90,7 +90,7 @@ def test_what_others_use_is_measured_and_reserved() -> None:
     for second in range(1, 31):
         now = second * SECOND
         remaining.book(5, now)
-        hear(remaining, 600 - 9 * second, now)
+        hear(remaining, 600 - 9 * second, now, own=5)
     assert 230 <= remaining.others.estimate <= 270
     assert not take(remaining, 600 - 240 - 150, now)
     hear(remaining, 600 - 9 * 30 - 4 * 10, 40 * SECOND)
