@@ -345,7 +345,7 @@ def observe_remaining(  # noqa: PLR0913 - what a reply says, each by keyword
         if window is None or node.place is not None:
             return
         meter = find_provider_meter(node, window)
-        before = meter.announced
+        before, was_alone = meter.announced, meter.is_alone
         is_news = meter.heard(
             remaining,
             now,
@@ -355,12 +355,12 @@ def observe_remaining(  # noqa: PLR0913 - what a reply says, each by keyword
             rounding=rounding,
             full_in=full_in,
         )
-        if is_news:
+        if is_news or meter.is_alone != was_alone:
             if meter.is_law:
                 # In shadow the meter sees calls that pass at once, so it cannot decide.
                 window.give_way(meter.bucket() if is_in_shadow(limiter) else None)
             else:
-                window.reshape(window.limit, now)
+                window.reshape(window.limit, now, paced=meter.keeps_pace)
             _tell_belief(node, meter)
         if meter.announced < min(before, window.units):
             told = _shown_name(node.name), str(window.limit), f"{meter.announced:,}"

@@ -435,7 +435,7 @@ class Window(Meter):
         self.reshape(limit, began + 1)
         self.log.closes = 0
 
-    def reshape(self, limit: Limit, now: int) -> None:
+    def reshape(self, limit: Limit, now: int, *, paced: bool = True) -> None:
         """Change the amount, the burst and when it resets; what was booked stays booked."""
         self.limit, self.units = limit, limit.units
         #: What was used beyond `allowed` is a debt that outlasts a reset: see `Node.set_limits`.
@@ -445,7 +445,7 @@ class Window(Meter):
         if calendar != (None if self._period is None else self._period.calendar):
             self._period = None if calendar is None else Period(calendar, self._wall)
             self.log.merge(now)
-        burst = self.units if limit.burst_units is None else limit.burst_units
+        burst = limit.burst_units if paced and limit.burst_units is not None else self.units
         may_owe = calendar is None and self.pace is not None
         if burst == self.units and not may_owe:
             self.pace = None

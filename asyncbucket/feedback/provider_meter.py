@@ -11,7 +11,8 @@ replies are seen, a `ProviderMeter` stands beside a limit's `Window`, and learns
 ``size``. Two facts bound the size, and neither needs a header:
 
 - accepted at a backlog V: the size is at least V. It grows by a third of V, up to a tenth of the limit
-  while nothing is proven, and at once to the size that is.
+  while nothing is proven, and at once to the size that is. It doubles, up to the whole limit, once all
+  replies of five seconds leave what we left: nobody else uses the key, so the default pace goes, too.
 - refused at a backlog V: the size is less than V, and becomes a third of it. A larger one is tried
   again after four quiet windows.
 
@@ -32,7 +33,7 @@ from fractions import Fraction
 from typing import ClassVar, Final, Self
 
 from asyncbucket.engine.limits import Key, Limit
-from asyncbucket.engine.meters import Bucket, Meter, Window
+from asyncbucket.engine.meters import NEVER, Bucket, Meter, Window
 from asyncbucket.engine.statistics import Belief
 from asyncbucket.feedback.proof import Proof
 from asyncbucket.feedback.remaining import Remaining
@@ -56,6 +57,10 @@ _CUT: Final = 3
 #: To how many eighths it cuts the size of a proven bucket that was empty.
 _LESS: Final = 7
 _FEW: Final = 2
+#: If what is left differs from what we left by less than this fraction (1/64) of the limit for so long
+#: (ns), nobody else takes any.
+_FELT: Final = 64
+_SURE: Final = 5_000_000_000
 #: So many windows must be quiet before a larger size is tried.
 _QUIET: Final = 4
 #: A log may have more left than we expect by this fraction (1/16) of the limit: calls overtake others.
@@ -100,6 +105,8 @@ class ProviderMeter(Meter):
         self._believed = 0, 0
         self._remaining = Remaining(limit, self._proof, with_reserve=self.is_paced)
         self._began = began
+        #: Since when only we have taken any, as far as replies show; and whether that is long enough.
+        self._alone_since, self.is_alone = NEVER, False
 
     @classmethod
     def of(cls, window: Window, began: int = 0) -> Self:
@@ -163,7 +170,8 @@ class ProviderMeter(Meter):
     @property
     def _top(self) -> int:
         """The largest size that may be tried, as long as none was refused."""
-        return min(self._most, self._proof.size or max(1, self._limit // _UNPROVEN))
+        whole = self._limit if self.is_alone else max(1, self._limit // _UNPROVEN)
+        return min(self._most, self._proof.size or whole)
 
     @property
     def _limit(self) -> int:
@@ -186,7 +194,7 @@ class ProviderMeter(Meter):
             return
         self._leak(now)
         if not self._waves or now > self._refused_at + _QUIET * self.window:
-            grown = self._top if self.proven else fits + fits // 3 + 1
+            grown = self._top if self.proven else fits + (fits if self.is_alone else fits // 3 + 1)
             self.size = max(self.size, min(grown, self._top))
         if self.rate < self._limit and now - self._rate_at > _HOLD:
             self.rate += min(self._limit - self.rate, self.rate) // _STEP + 1
@@ -240,6 +248,11 @@ class ProviderMeter(Meter):
         return self._proof.size
 
     @property
+    def keeps_pace(self) -> bool:
+        """Whether calls keep to the pace of the user's limit, too: to the default one unless we are alone."""
+        return self._most < self._told or not self.is_alone
+
+    @property
     def is_law(self) -> bool:
         """Whether it alone says what may pass: the provider counts by a bucket, of the user's limit."""
         return self.proven > 0 and self.announced * 100 <= self._told * 101
@@ -286,6 +299,11 @@ class ProviderMeter(Meter):
             is_sure = self.proven and not self._waves
             self.size = self._top if is_sure else min(self.size, self._top)
             self._remaining.restart()
+        taken = self._limit - left - rounding - self._remaining.booked(now)
+        uncertain, noise = self._remaining.booked_since(sent, own), self._limit // _FELT
+        if not -uncertain - noise <= taken <= noise or self._alone_since == NEVER:
+            self._alone_since = now
+        self.is_alone = now - self._alone_since >= _SURE
         self._remaining.hear(
             *(left, now, self._limit, sent),
             own=own,

@@ -195,6 +195,23 @@ def test_one_refusal_of_a_proven_bucket_that_was_empty_is_explained_by_the_netwo
     assert sizes == [60, 50, 43]
 
 
+def test_who_uses_a_key_alone_may_send_all_that_is_left() -> None:
+    requests = meter()
+    requests.book(1, 0)
+    alone = []
+    for second in range(7):
+        requests.heard(599, second * SECOND, limit=600, since=second * SECOND)
+        alone.append(requests.is_alone)
+    assert alone == [False] * 5 + [True] * 2
+    assert not requests.keeps_pace
+    for second in range(7, 14):
+        passing(requests, second * SECOND)
+        requests.accepted(second * SECOND, second * SECOND)
+    assert requests.size > 500
+    requests.heard(0, 14 * SECOND, limit=600, since=14 * SECOND)  # others have taken hundreds
+    assert requests.keeps_pace
+
+
 def test_contradicted_proof_is_given_up_and_another_limit_is_followed() -> None:
     requests = meter()
     replies(requests, *((60 - n, n / 10) for n in range(1, 9)))
