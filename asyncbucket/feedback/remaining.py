@@ -21,7 +21,8 @@ smaller than its limit. A margin is for chance: the variance of independent call
 the deployments behind a gateway. Then what is left rises by more than can have come back. If it does
 so three times in a window, by a quarter of the limit, nothing says what others take.
 
-If no reply comes for two windows, everything is forgotten. So no header holds a call up for longer.
+If nobody calls, nobody hears what has come back. So one call asks a proven bucket when a twentieth of a
+window has passed, and if no reply comes for two windows, everything is forgotten.
 The constants were found by simulating buckets, logs and minutes of the clock, with others at 0 to 60 %.
 """
 
@@ -72,7 +73,7 @@ class Remaining:
         self._proof = proof
         #: What was left at ``_level_at``, as far as is known; None before the first report.
         self._level: int | None = None
-        self._level_at = self._last_report = 0
+        self._level_at = self._last_report = self._last_booking = 0
         #: By how much less than the limit comes back per window; and the most that was ever left.
         self._missing = self._most_left = 0
         #: Units that we booked in the last window.
@@ -172,6 +173,10 @@ class Remaining:
         reserve = self._reserve(amount)
         if reserve:
             when = max(when, self._earliest_evenly(min(amount, self.amount), now, reserve))
+        if self._proof.size:
+            quiet_since = max(self._last_report, self._last_booking)
+            asks_at = quiet_since + amount * self.window // self.amount + self.window // _LEAST
+            when = min(when, max(now, asks_at))
         return min(when, self._last_report + _MEMORY * self.window)
 
     def _earliest_evenly(self, amount: int, now: int, reserve: int) -> int:
@@ -185,6 +190,7 @@ class Remaining:
         if level is not None:
             self._level = level - amount * self.window
             self._level_at = max(self._level_at, when)
+        self._last_booking = max(self._last_booking, when)
         self._ours.book(amount, when)
         self.others.book(amount, when, self.amount - self._reserve(amount))
 

@@ -117,6 +117,18 @@ def test_two_bursts_of_others_stay_untouched_in_what_is_proven_to_be_a_bucket() 
     assert 490 - passed == 2 * (burst + 1)
 
 
+def test_one_call_asks_an_empty_bucket_that_others_have_emptied_at_once() -> None:
+    """What several clients sent at once is missing; without a reply nobody learns that it came back."""
+    remaining = told(600)
+    remaining._proof.size = 600
+    remaining.book(225, 0)
+    hear(remaining, 0, SECOND)
+    asks_at = remaining.earliest(1, SECOND)
+    assert asks_at == 4 * SECOND + SECOND // 10  # a twentieth later, and the time of a unit
+    assert take(remaining, 1, asks_at)
+    assert not take(remaining, 1, 5 * SECOND)
+
+
 def test_replies_of_several_meters_in_turn_say_nothing_of_others() -> None:
     """What is left rises by more than can have come back: two models share this limit."""
     remaining, delays = told(600), list[float]()
