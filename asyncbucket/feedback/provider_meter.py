@@ -36,7 +36,7 @@ from asyncbucket.engine.limits import Key, Limit
 from asyncbucket.engine.meters import NEVER, Bucket, Meter, Window
 from asyncbucket.engine.statistics import Belief
 from asyncbucket.feedback.proof import Proof
-from asyncbucket.feedback.remaining import Remaining
+from asyncbucket.feedback.remaining import LATE, LATER, Remaining
 
 #: Calls are not paced by a window longer than this (ns): only what replies say is left counts.
 _LONG: Final = 120_000_000_000
@@ -49,6 +49,8 @@ _MEMORY: Final = 2
 #: To how many percent a refusal lowers a rate that is near what was told, or that is not.
 _NEAR: Final = 95
 _FAR: Final = 75
+#: A rate of fewer units cannot be lowered by five percent; after a refusal, calls come a little later.
+_COARSE: Final = 20
 #: So many instants of admission are remembered until their replies come.
 _REMEMBERED: Final = 4_096
 #: A refusal cuts the size to this fraction (1/3) of the backlog; no more than so many calls are the
@@ -135,7 +137,10 @@ class ProviderMeter(Meter):
             return since
         due = self._remaining.earliest(amount, since)
         if self.is_paced:
-            due = max(due, self._backlog.earliest(max(0, self.size - amount), self.rate))
+            late = 0
+            if self._waves and self._told < _COARSE:  # the network brings calls closer together
+                late = min(LATE, amount * self.window // self.rate // LATER)
+            due = max(due, self._backlog.earliest(max(0, self.size - amount), self.rate) + late)
             if self.announced < self._told:
                 due = max(since, min(due, self._heard[0] + _MEMORY * self.window))
         return due

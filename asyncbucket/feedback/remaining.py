@@ -47,9 +47,9 @@ _MEMORY: Final = 2
 #: A little always passes, because its replies tell more: 1/20 of the limit per window.
 _LEAST: Final = 20
 #: By how much (ns) a provider may count a call later than we do.
-_LATE: Final = 100_000_000
+LATE: Final = 100_000_000
 #: But no longer than this fraction (1/8) of the time in which comes back what a call takes.
-_LATER: Final = 8
+LATER: Final = 8
 #: Calls that leave so close together (ns) may arrive in another order.
 _REORDERED: Final = 200_000_000
 #: Where calls are to come evenly, this fraction (1/10) of a window's worth may pass at once.
@@ -123,7 +123,7 @@ class Remaining:
             self._jumps = [*self._jumps[1 - _JUMPS :], now]
         expected = self._expected_level(now)
         if expected is None:
-            likely = min(proven - ours, low + back) - amount * _LATE // self.window
+            likely = min(proven - ours, low + back) - amount * LATE // self.window
             expected = self.window * max(low, likely if proven else low)
         self._level = min(max(expected, low * self.window), high * self.window)
         since_report = now - self._last_report + self.window // _SMOOTHING
@@ -168,7 +168,7 @@ class Remaining:
         when = now
         if needed > level and self._proof.kind != "window":  # nothing flows in to those
             # As much later as the network may bring calls closer together.
-            late = min(_LATE, needed // self._growth // _LATER) if self._proof.size else 0
+            late = min(LATE, needed // self._growth // LATER) if self._proof.size else 0
             when = max(now, self._level_at) - -(needed - level) // self._growth + late
         reserve = self._reserve(amount)
         if reserve:

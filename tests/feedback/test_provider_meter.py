@@ -173,6 +173,15 @@ def test_proven_bucket_is_used_whole_and_no_more() -> None:
     assert (belief and belief.kind, belief and belief.size) == ("bucket", 600)
 
 
+def test_calls_come_a_little_later_once_one_that_came_too_soon_was_refused() -> None:
+    """One a second: the network may bring two of them closer together than they left."""
+    requests = meter("1/s")
+    assert take(requests, 1, 0)
+    assert requests.earliest(1, 0) == SECOND
+    requests.refused(1, 0, 1)
+    assert requests.earliest(1, 1) == SECOND + 100 * MILLISECOND
+
+
 def test_what_left_before_the_limit_was_known_is_taken_for_ours_not_for_others() -> None:
     """Of forty calls that leave at once, the first reply tells the limit; the others come out of order."""
     requests = ProviderMeter(Limit.parse("600 RPM"), SECOND)
