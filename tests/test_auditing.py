@@ -274,12 +274,14 @@ def test_command_names_each_call_and_exits_with_3(tmp_path: Path) -> None:
     )
     status, said = audited(*program)
     assert (status, said.splitlines()[0][:42]) == (5, "Calls to model providers: 0 unpaced, 0 pac")
-    assert audited("--", "/nowhere") == (
-        2,
-        "error: no script or command '/nowhere' is found; or give -m MODULE\n",
-    )
-    status, said = audited("--", "env", "python", "app.py")
-    assert (status, said[:33]) == (2, "error: env is no Python program, ")
+    (tmp_path / "app.sh").write_text("#!/bin/sh\nexec python app.py\n")
+    for command in ("/nowhere",), ("python",), ("env", "python", "app.py"), ("app.sh",):
+        status, said = audited("--", *command)
+        assert status == 2
+        assert said == (
+            f"error: {' '.join(command)!r} is no Python script, command in Python or -m MODULE: "
+            f"what starts Python goes first, as in `uv run asyncbucket audit -- python app.py`\n"
+        )
 
 
 def test_command_waits_for_threads_that_still_call(tmp_path: Path) -> None:

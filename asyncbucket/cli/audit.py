@@ -1,10 +1,12 @@
 """`asyncbucket audit`: run a program, and report its calls to model providers that nothing paced."""
 
+import os
 import runpy
 import shutil
 import sys
 import threading
 import traceback
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -35,7 +37,7 @@ def audit(
         asyncbucket audit -- python app.py
         asyncbucket audit --host llm.corp.example -- pytest tests
     """
-    run = _program(command[Path(command[0]).name.startswith("python") :])
+    run = _program(command)
     with auditing.audit(hosts=host or ()) as seen:
         try:
             run(run_name="__main__")
@@ -55,23 +57,25 @@ def _program(command: list[str]) -> partial[Any]:
     Raises:
         ValueError: it is no Python program.
     """
-    match command:
-        case ["-m", module, *_]:
-            sys.argv, sys.path[0] = command[1:], str(Path.cwd())
+    match command[Path(command[0]).name.startswith("python") :]:
+        case ["-m", module, *rest]:
+            sys.argv, sys.path[0] = [module, *rest], str(Path.cwd())
             return partial(runpy.run_module, module, alter_sys=True)
-        case [name, *_] if file := name if Path(name).is_file() else _command(name):
-            with Path(file).open("rb") as program:
-                if not file.endswith(".py") and b"python" not in program.read(400):
-                    raise ValueError(
-                        f"{name} is no Python program, and what it starts is not watched: give the program "
-                        f"after --, as in `uv run asyncbucket audit -- python app.py`"
-                    )
-            sys.argv, sys.path[0] = [file, *command[1:]], str(Path(file).parent.resolve())
+        case [name, *rest] if file := _found(name):
+            sys.argv, sys.path[0] = [file, *rest], str(Path(file).parent.resolve())
             return partial(runpy.run_path, file)
-        case _:
-            raise ValueError(f"no script or command {command[0]!r} is found; or give -m MODULE")
+    raise ValueError(
+        f"{' '.join(command)!r} is no Python script, command in Python or -m MODULE: what starts "
+        f"Python goes first, as in `uv run asyncbucket audit -- python app.py`"
+    )
 
 
-def _command(name: str) -> str | None:
-    """Return where a command is: beside this Python, or else on the search path."""
-    return shutil.which(name, path=Path(sys.executable).parent) or shutil.which(name)
+def _found(name: str) -> str | None:
+    """Return the file of a script or of a command, this environment's before others, if it is Python."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), *os.get_exec_path()])
+    file = name if Path(name).is_file() else shutil.which(name, path=path)
+    with suppress(SyntaxError, ValueError):  # a shell script, or no text at all
+        if file and not file.endswith(".py"):
+            compile(Path(file).read_bytes(), file, "exec")
+        return file
+    return None
