@@ -31,6 +31,7 @@ from asyncbucket.engine.limiter import Limiter as EngineLimiter
 from asyncbucket.engine.limits import Limit
 from asyncbucket.engine.node import Node
 from asyncbucket.engine.pacer import Pacer
+from asyncbucket.engine.report import statistics_locked
 from asyncbucket.engine.statistics import Statistics
 from asyncbucket.engine.terms import (
     CallAmounts,
@@ -501,17 +502,17 @@ class Limiter(EngineLimiter):
     def statistics(self) -> Statistics:
         """Return a frozen snapshot: what passed, what waits, and what for; children included."""
         node, pacer = self._node, self._node.pacer
-        order, shadow = node.standing.order, node.path[-1].bystander
-        if isinstance(shadow, Shadow):
-            with pacer.lock:  # it books at earlier instants, so before anyone asks the meters
-                shadow.play(pacer.clock())
-        now = super().statistics()
+        order, ahead = node.standing.order, None
         with pacer.lock:
+            if isinstance(shadow := node.path[-1].bystander, Shadow):
+                # It books at earlier instants, so before anyone asks the meters.
+                shadow.play(pacer.clock())
+            now = statistics_locked(node)
             if isinstance(order, Agents):
                 now = replace(now, agents=order.statistics())
             if isinstance(node.bystander, Shadow):
-                now = replace(now, shadow=node.bystander.statistics(pacer.clock()))
-        return now
+                ahead = node.bystander.copied_locked()
+        return replace(now, shadow=ahead.look_ahead()) if ahead else now
 
     def _make_sizer(self, bounds: tuple[int, int]) -> Sizer:
         from asyncbucket.feedback.adaptive import Adaptive

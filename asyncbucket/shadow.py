@@ -18,10 +18,9 @@ import logging
 import sys
 import weakref
 from asyncio import CancelledError
-from threading import Condition
 from typing import Any, Final
 
-from asyncbucket.engine.dispatchers import ThreadDispatcher
+from asyncbucket.engine.dispatchers import DeferringLock
 from asyncbucket.engine.errors import AsyncBucketError
 from asyncbucket.engine.events import Shadowed
 from asyncbucket.engine.interfaces import Account
@@ -30,7 +29,7 @@ from asyncbucket.engine.limiter import Limiter
 from asyncbucket.engine.meters import NEVER, Amounts, Route
 from asyncbucket.engine.node import EMPTY_MAPPING, Node
 from asyncbucket.engine.pacer import Pacer
-from asyncbucket.engine.queue import reweigh
+from asyncbucket.engine.queue import Dispatcher, copied, reweigh
 from asyncbucket.engine.statistics import ShadowStatistics, Waits
 
 # It hears of a lease what no user is to see.
@@ -42,8 +41,21 @@ _log: Final = logging.getLogger("asyncbucket")
 _MOST_WAIT: Final = 10_000
 
 
-class _Call(Lease, Account):
-    """A call: an account in reality, a lease in the twin."""
+class _Place(Dispatcher):
+    """Where all calls of the twin wait: `Shadow.play` dispatches them."""
+
+    has_rung = False
+
+    def ring(self, now: int) -> bool:
+        self.has_rung, self.wakes_at = True, min(self.wakes_at, now)
+        return True
+
+    def sleep(self, until: int, now: int) -> None:
+        self.wakes_at = now if self.has_rung else until  # it may ring while it dispatches
+
+
+class _Call(Lease):
+    """A call in the twin."""
 
     _state = WAITING
     #: How long it took in reality (ns), and what it used; what waits for it in the twin.
@@ -51,27 +63,15 @@ class _Call(Lease, Account):
     used: Amounts = EMPTY_MAPPING
     waiter: Any = None
 
-    def __init__(self, shadow: "Shadow", lease: Lease, node: Node, now: int) -> None:
-        self._shadow, self._node, self._amounts = shadow, node, lease._amounts
+    def __init__(self, shadow: "Shadow", lease: Any, now: int) -> None:
+        self._shadow, self._node, self._amounts = shadow, shadow.twin(lease._node), lease._amounts
         self._priority, self._deadline = lease._priority, lease._deadline
         #: Where it asks in reality, and when (ns).
         self.real, self.asked = lease._node, now
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "_Call":
-        memo[id(self)] = copied = object.__new__(_Call)
-        vars(copied).update(copy.deepcopy(vars(self), memo))
-        return copied
-
-    def settled(self, lease: Any, before: Amounts, after: Amounts) -> None:  # noqa: ARG002 - an account's
-        """See `Account.settled`; in the twin, that is done at its end."""
-        self.used = after
-        if self._state == OVER:
-            self._settle_locked({**after})
-
-    def ended(self, lease: Any, outcome: str) -> None:  # noqa: ARG002 - as above
-        """See `Account.ended`."""
-        if self.real.path[-1].bystander is self._shadow:  # else it would book what pacing needs
-            self._shadow.over(self)
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        changing = "_shadow", "_node", "_dispatcher", "_route", "_in_line", "_ledger", "waiter"
+        return copied(self, memo, changing)
 
     def _hold_locked(self, now: int, waiter: Any, bound_by: str | None, route: Route) -> None:
         super()._hold_locked(now, waiter, bound_by, route)
@@ -86,15 +86,15 @@ class Shadow(Account):
 
     def __init__(self, limiter: Limiter) -> None:
         self._node = limiter._node
-        #: Until when (ns) it is known what happens in the twin; and what nobody waits for there.
-        self._now, self._condition = 0, Condition()
+        #: Until when (ns) it is known what happens in the twin.
+        self._now = 0
         self._pacer = Pacer(self._clock, limiter.name)
         self._pacer.dispatchers.here = self._here  # type: ignore[method-assign]
         self._twins = weakref.WeakKeyDictionary({self._node: self._pacer.root})
         #: The calls that go on in reality; how many are over, and how long (ns) those took.
         self._open: set[_Call] = set()
         self._over = self._took = 0
-        self._calls = self.failed = self._prevented = 0
+        self._asked = self.failed = self._prevented = 0
         #: When those end that are over in reality: instant, number, call; behind the last, nothing does.
         self._ends: list[tuple[int, int, Any]] = [(NEVER, 0, None)]
         weakref.finalize(limiter, self._node.pacer.lock.do, self._report_locked)
@@ -104,23 +104,30 @@ class Shadow(Account):
     def passed(self, lease: Any, now: int) -> None:
         """See `Account.passed`: the call asks."""
         self.play(now)
-        call = _Call(self, lease, self._twin(lease._node), now)
-        lease.accounts = (*lease.accounts, call)
-        self._calls += 1
+        self._asked += 1
+        call = lease.twin = _Call(self, lease, now)
         self._open.add(call)
         if call._try_now(WAITING):
             self.starts(call)
             return
         try:
             call.waiter = call._join_line(call._deadline and call._deadline(), self._here())
-            call.waiter._condition = self._condition
             self.play(now)
         except AsyncBucketError:
             self.failed += 1
 
-    def over(self, call: _Call) -> None:
-        """Take in that a call is over in reality."""
-        now = self._node.pacer.clock()
+    def settled(self, lease: Any, before: Amounts, after: Amounts) -> None:  # noqa: ARG002 - an account's
+        """See `Account.settled`; in the twin, that is done when the call ends there."""
+        call = lease.twin
+        call.used = after
+        if call._state == OVER:
+            call._settle_locked({**after})
+
+    def ended(self, lease: Any, outcome: str) -> None:  # noqa: ARG002 - as above
+        """See `Account.ended`."""
+        if self._node.bystander is not self:
+            return  # else it would book what pacing needs
+        call, now = lease.twin, self._node.pacer.clock()
         self.play(now)
         self._open.remove(call)
         call.took = now - call.asked
@@ -138,27 +145,32 @@ class Shadow(Account):
 
     # --- what it tells ---
 
-    def statistics(self, now: int) -> ShadowStatistics:
-        """Return what would have happened, and what will if nobody else calls; with the lock held."""
-        self.play(now)
-        kept = (*self._twins, self._pacer.lock, self._condition, self._here()._bell, EMPTY_MAPPING)
-        ahead = copy.deepcopy(self, {id(each): each for each in kept})
+    def copied_locked(self) -> "Shadow":
+        """Return a copy as of now, in which to look ahead without the lock."""
+        self.play(self._node.pacer.clock())
+        memo: dict[int, Any] = {id(each): each for each in (*self._twins, EMPTY_MAPPING)}
+        memo[id(self._pacer.lock)] = DeferringLock()
+        ahead = copy.deepcopy(self, memo)
         vars(ahead)["starts"] = ahead._await_end  # nobody is told of what may come
-        for call in ahead._open:
+        return ahead
+
+    def look_ahead(self) -> ShadowStatistics:
+        """Return what would have happened, and what will if nobody else calls: for a copy."""
+        for call in self._open:
             call.took = self._took // max(1, self._over)
-            ahead._await_end(call)
-        ahead.play(NEVER - 1)
-        found, refusals = ahead._pacer.root.tally.waits, self._node.tally.counts["upstream_429"]
+            self._await_end(call)
+        self.play(NEVER - 1)
+        found, refusals = self._pacer.root.tally.waits, self._node.tally.counts["upstream_429"]
         waits = {name: Waits(count, ns * 1e-9) for name, (count, ns) in found.items()}
         would_wait = sum(each.count for each in waits.values())
-        mean_wait = sum(each.seconds for each in waits.values()) / max(1, self._calls)
+        mean_wait = sum(each.seconds for each in waits.values()) / max(1, self._asked)
         return ShadowStatistics(
-            self._calls, would_wait, mean_wait, ahead.failed, self._prevented, refusals, waits
+            self._asked, would_wait, mean_wait, self.failed, self._prevented, refusals, waits
         )
 
     def _report_locked(self) -> None:
         """Log what would have happened, now that the limiter goes."""
-        told = self.statistics(self._node.pacer.clock())
+        told = self.copied_locked().look_ahead()
         if told.calls:
             _log.warning("limiter %r in shadow: %s", self._node.name, told)
 
@@ -171,18 +183,18 @@ class Shadow(Account):
         """Return where all its calls wait; a forked process begins with none."""
         places = self._pacer.dispatchers
         if self not in places:
-            places[self] = ThreadDispatcher(self._pacer.dispatch)
+            places[self] = _Place(self._pacer.dispatch)
             self._open, self._ends = set(), [(NEVER, 0, None)]
         return places[self]
 
-    def _twin(self, node: Node) -> Node:
+    def twin(self, node: Node) -> Node:
         """Return the twin of a limiter, with the limits and terms as they are now."""
-        above = None if node.parent is None else self._twin(node.parent)
+        above = None if node.parent is None else self.twin(node.parent)
         twin = self._twins.get(node) or self._twins.setdefault(node, Node(node.name, above))
-        terms, copied = node.standing, twin.standing
-        copied.max_queue = _MOST_WAIT if terms.max_queue is None else terms.max_queue
-        copied.within = terms.within
-        if copied.weight != terms.weight:
+        terms, own = node.standing, twin.standing
+        own.max_queue = _MOST_WAIT if terms.max_queue is None else terms.max_queue
+        own.within = terms.within
+        if own.weight != terms.weight:
             reweigh(twin, terms.weight)
         if twin.limits is not node.limits or twin.slots.most != node.slots.most:
             twin.limits, twin.slots.most = node.limits, node.slots.most
@@ -191,10 +203,12 @@ class Shadow(Account):
 
     def play(self, until: int) -> None:
         """Let happen in the twin what does by then."""
-        while (due := min(self._here().wakes_at, self._ends[0][0])) <= until:
+        here = self._here()
+        while (due := min(here.wakes_at, self._ends[0][0])) <= until:
             self._now = max(self._now, due)
             if self._ends[0][0] > self._now:
-                self._pacer.dispatch(self._here())
+                here.has_rung = False
+                self._pacer.dispatch(here)
             else:
                 call = heapq.heappop(self._ends)[2]
                 call._settle_locked({**call.used})

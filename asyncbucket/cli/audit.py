@@ -64,6 +64,8 @@ def _program(command: list[str]) -> partial[Any]:
         case [name, *rest] if file := _found(name):
             sys.argv, sys.path[0] = [file, *rest], str(Path(file).parent.resolve())
             return partial(runpy.run_path, file)
+        case _:
+            pass
     raise ValueError(
         f"{' '.join(command)!r} is no Python script, command in Python or -m MODULE: what starts "
         f"Python goes first, as in `uv run asyncbucket audit -- python app.py`"

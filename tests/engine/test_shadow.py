@@ -1,6 +1,8 @@
 """A limiter in shadow holds nobody up, and says what it would have done."""
 
 import asyncio
+import gc
+import os
 import random
 import re
 from collections.abc import Callable, Mapping
@@ -107,6 +109,11 @@ LOADS: Final[dict[str, tuple[dict[str, Any], dict[str, Any], list[Arrival]]]] = 
         {"rpm": 60, "concurrency": 5},
         {},
         arrivals(7, 150, 60, 9, patience=lambda rng: rng.choice([None, 0.1, 0.4])),
+    ),
+    "one whose time is up makes way": (
+        {"tpm": 100, "timeout": 20},
+        {},
+        [Arrival(0, 30, 60, 60), Arrival(1, 1, 60, 60), Arrival(11, 20, 10, 10)],
     ),
     "settled late": ({"tpm": 30_000}, {}, arrivals(8, 150, 60, 900, settles_late=lambda _: True)),
 }
@@ -311,6 +318,55 @@ last.acquire_nowait().release()
         "limiter 'last' in shadow: 0 of 1 calls would have waited, N s per call on average; 0 of "
         "0 refusals would have been prevented\n"
     )
+
+
+def test_call_that_the_garbage_collector_ends_is_over() -> None:
+    limiter = Limiter("60 RPM burst 1", concurrency=3, shadow=True)
+    cycle: list[Any] = [limiter.acquire_nowait()]
+    cycle.append(cycle)
+    del cycle
+    gc.collect()
+    assert limiter.statistics().in_flight == 0
+
+
+def test_looking_ahead_holds_no_call_up(virtual_time: VirtualTime) -> None:
+    """Under the lock it is only copied; calls that come meanwhile are not in it."""
+    limiter = Limiter("60 RPM burst 1", clock=virtual_time.clock, shadow=True)
+    events: list[Event] = []
+    limiter.observe(events.append)
+    for _ in range(5):
+        limiter.acquire_nowait().release()
+    shadow: Any = limiter._node.bystander
+    with limiter._node.pacer.lock:
+        ahead = shadow.copied_locked()
+    for _ in range(5):
+        limiter.acquire_nowait().release()
+    told = limiter.statistics().shadow
+    assert told is not None
+    with limiter._node.pacer.lock:
+        assert (ahead.look_ahead().would_wait, told.would_wait) == (4, 9)
+    assert sum(isinstance(each, Shadowed) for each in events) == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform")
+def test_child_process_begins_with_an_empty_line() -> None:
+    script = """
+import os
+from asyncbucket import Limiter
+limiter = Limiter("60 RPM burst 1", shadow=True)
+leases = [limiter.acquire_nowait() for _ in range(5)]
+if os.fork() == 0:
+    before = limiter.statistics().shadow
+    for lease in leases:
+        lease.release()
+    limiter.acquire_nowait().release()
+    after = limiter.statistics().shadow
+    print(before.calls, before.would_wait, after.calls, flush=True)
+    os._exit(0)
+os.wait()
+print(limiter.statistics().shadow.would_wait)
+"""
+    assert python("-c", script).stdout.split() == ["5", "0", "6", "4"]
 
 
 def test_line_in_shadow_has_an_end(time: VirtualTime, monkeypatch: pytest.MonkeyPatch) -> None:
