@@ -31,7 +31,6 @@ from asyncbucket.engine.limiter import Limiter as EngineLimiter
 from asyncbucket.engine.limits import Limit
 from asyncbucket.engine.node import Node
 from asyncbucket.engine.pacer import Pacer
-from asyncbucket.engine.report import statistics_locked
 from asyncbucket.engine.statistics import Statistics
 from asyncbucket.engine.terms import (
     CallAmounts,
@@ -507,7 +506,8 @@ class Limiter(EngineLimiter):
             if isinstance(shadow := node.path[-1].bystander, Shadow):
                 # It books at earlier instants, so before anyone asks the meters.
                 shadow.play(pacer.clock())
-            now = statistics_locked(node)
+        now = super().statistics()
+        with pacer.lock:
             if isinstance(order, Agents):
                 now = replace(now, agents=order.statistics())
             if isinstance(node.bystander, Shadow):
